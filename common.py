@@ -450,8 +450,8 @@ class Run:
     def epochs(self):
         """1 ... the last epoch, from where the run stands, with a checkpoint after each."""
         begun = self.epoch * self.images + self.step * self.batch_size
-        bar = tqdm(total=self.total * self.images, initial=begun, unit="img", unit_scale=True, desc=self.name)
-        with _deferred_signals() as self.signals, bar as self.bar:
+        bar = {"total": self.total * self.images, "initial": begun, "unit": "img", "unit_scale": True}
+        with _deferred_signals() as self.signals, tqdm(desc=self.name, **bar) as self.bar:
             while self.epoch < self.total:
                 yield self.epoch + 1
                 if not all(p.isfinite().all() for p in self.parts["model"].parameters()):
@@ -473,8 +473,10 @@ class Run:
             self.bar.update(len(batch))
             if self.signals or self.step % 50 == 0 or self.step == self.steps:
                 self._look()  # the only wait for the device
+            if self.step - first == 10:  # the first steps also set things up
+                steady = time.perf_counter()
             if self.step - first == 50 and self.epoch == 0 and self.total < 100:
-                epoch = (time.perf_counter() - started) / 50 * self.steps / 60  # minutes
+                epoch = (time.perf_counter() - steady) / 40 * self.steps / 60  # minutes
                 tqdm.write(f"{self.name}: {epoch:.1f} min an epoch here, {epoch * self.total:.1f} min for "
                            f"these {self.total}; the report's 100 would take {epoch * 100:.0f} min (--epochs 100)")
             if self.signals:

@@ -244,14 +244,14 @@ def parse(argv):
 
 def main(argv=None):
     args = parse(argv)
-    device, out = common.pick_device(args.device), common.output_folder(args.out)
+    device, out = common.pick_device(args.device), Path(args.out).expanduser()
     if args.sample:
         model = load(out / "vae.pt", device)
         torch.manual_seed(args.seed)
         common.plot_grid(model.sample(args.sample), out / "vae_sample.png",
                          f"VAE, {model.latent_dim}-D latent, {common.NAMES[model.settings['data']]}: samples")
         return common.farewell("vae", out, ["vae_sample.png"], model.settings["data"])
-    args.data = common.find_data(args.data, args.data_dir)
+    args.data, args.out = common.find_data(args.data, args.data_dir), common.output_folder(out)
     args.epochs = args.epochs or (100 if device.type == "cuda" else 15)  # the report's 100 take a CPU long
     model, run = train(args, device)
     torch.manual_seed(args.seed)

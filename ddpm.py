@@ -1,0 +1,557 @@
+"""A denoising diffusion model on MNIST, in the order of the paper: math, network, training, sampling.
+
+Ho, Jain & Abbeel 2020, "Denoising Diffusion Probabilistic Models" (arXiv:2006.11239), is Ho in the comments;
+report is the course report whose experiment this redoes (see README.md).  q adds noise to an image x_0 in T
+fixed steps, p takes it away again in T learned ones, and p is trained to raise a lower bound on log p(x_0):
+
+    -log p(x_0)  <=  L_T + Σ_{t=2..T} L_{t-1} + L_0                                                Ho (5)
+    L_T     = KL(q(x_T|x_0) || N(0, I))
+    L_{t-1} = E_q KL(q(x_{t-1}|x_t, x_0) || p(x_{t-1}|x_t))
+    L_0     = E_q[-log p(x_0|x_1)]
+
+x are images (B, 1, 28, 28) in [0, 1]; x0 and xt are on the scale [-1, 1]; t is (B,) int64 in 1 ... T, the
+paper's t: every table has T+1 entries, and entry 0 stands for "no noise yet".
+"""
+import copy
+import math
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from tqdm import tqdm
+
+import common
+
+EXAMPLES = """\
+  python ddpm.py                           train, then draw samples, a trajectory and the loss curve
+  python ddpm.py --sample 64 --steps 20    draw 64 digits from the checkpoint in results/, in 20 steps
+  python ddpm.py --predict x0 --schedule cosine --out results/x0    another parameterization"""
+
+
+def to_model(x):
+    """[0, 1] -> [-1, 1].  Ho, section 3.3"""
+    return 2 * x - 1
+
+
+def to_image(x0):
+    """[-1, 1] -> [0, 1], clamped."""
+    return ((x0 + 1) / 2).clamp(0, 1)
+
+
+def at(table, t, x):
+    """table[t] for a batch of t, shaped to multiply x: (T+1,), (B,), (B, C, H, W) -> (B, 1, 1, 1)."""
+    return table[t].to(x.dtype).view(-1, *[1] * (x.dim() - 1))
+
+
+# The math.
+
+def make_alpha_bar(schedule, T):
+    """ᾱ_0 ... ᾱ_T in float64, (T+1,), falling from 1: the share of x_0's variance that is left at t.
+
+    linear: β_t from 1e-4 to 0.02 (Ho, section 4); where T is not 1000, times 1000/T, so that x_T is always
+    noise.  cosine: Nichol & Dhariwal 2021 (17).  logsnr: log ᾱ_t/(1-ᾱ_t) falls linearly from 13.3 to -5, so
+    that L_simple is the bound up to constants (Kingma et al. 2021): the schedule for likelihood.
+    """
+    t = torch.arange(T + 1, dtype=torch.float64)
+    if schedule == "linear":
+        beta = torch.linspace(1e-4, 0.02, T, dtype=torch.float64) * 1000 / T
+    elif schedule == "cosine":
+        f = torch.cos((t / T + 0.008) / 1.008 * math.pi / 2) ** 2
+        beta = 1 - f[1:] / f[:-1]
+    elif schedule == "logsnr":
+        log_snr = torch.linspace(13.3, -5, T, dtype=torch.float64)
+        return torch.cat([torch.ones(1, dtype=torch.float64), log_snr.sigmoid()])
+    else:
+        raise ValueError(f"schedule must be linear, cosine or logsnr, not {schedule!r}")
+    alpha = 1 - beta.clamp(max=0.999)
+    return torch.cat([torch.ones(1, dtype=torch.float64), alpha.cumprod(0)])  # ᾱ_t = Π_{s=1..t} α_s   Ho (4)
+
+
+def log_discretized_normal(x0, mean, sigma):
+    """log P(x0) in nats of 8-bit pixels: each level gets the normal's mass within half a level of it.
+
+    x0 (B, C, H, W) in {-1, -1 + 2/255, ..., 1}, mean like x0, sigma > 0 broadcastable; returns (B,).  The
+    levels -1 and 1 also get the tail beyond them, so that the 256 levels' probabilities sum to 1.
+    """
+    level, mean = ((x0.double() + 1) * 127.5).round(), mean.double()  # 0 ... 255; neighbours share their edge
+    inf = torch.tensor(math.inf, dtype=level.dtype, device=level.device)
+    high = torch.where(level == 255, inf, ((level + 0.5) / 127.5 - 1 - mean) / sigma)  # Ho (13): δ_+
+    low = torch.where(level == 0, -inf, ((level - 0.5) / 127.5 - 1 - mean) / sigma)  # Ho (13): δ_-
+    # Φ(high) - Φ(low) = Φ(-low) - Φ(-high): in the upper tail, where Φ is 1 to all digits, take the second
+    high, low = torch.where(low > 0, -low, high), torch.where(low > 0, -high, low)
+    log_high, log_low = torch.special.log_ndtr(high), torch.special.log_ndtr(low)
+    return (log_high + torch.log(-torch.expm1(log_low - log_high))).flatten(1).sum(1)  # Ho (13)
+
+
+class DDPM(nn.Module):
+    """q, p and the bound for a network net(xt, t).
+
+    T: number of steps.  schedule: see make_alpha_bar; or the table ᾱ_0 ... ᾱ_T itself, which then gives T.
+    predict: what the network's output stands for: "eps" (ε), "x0" (x_0) or "mu" (μ̃).
+    sigma: the variance of p(x_{t-1}|x_t): "beta" (β_t), "posterior" (β̃_t) or "optimal" (see variance).
+    clip: keep the predicted x_0 within [-1, 1], as Ho's code does; training does not depend on it.
+    shape: of one image, on which sample starts.
+    """
+
+    def __init__(self, net, T=1000, schedule="linear", predict="eps", sigma="beta", clip=False,
+                 shape=(1, 28, 28)):
+        super().__init__()
+        if predict not in ("eps", "x0", "mu"):
+            raise ValueError(f"predict must be eps, x0 or mu, not {predict!r}")
+        if sigma not in ("beta", "posterior", "optimal"):
+            raise ValueError(f"sigma must be beta, posterior or optimal, not {sigma!r}")
+        self.net, self.predict, self.sigma, self.clip, self.shape = net, predict, sigma, clip, shape
+        alpha_bar = make_alpha_bar(schedule, T) if isinstance(schedule, str) else schedule.double()
+        self.T = len(alpha_bar) - 1
+        before = torch.cat([alpha_bar[:1], alpha_bar[:-1]])  # ᾱ_{t-1}
+        alpha = alpha_bar / before
+        beta = 1 - alpha
+        noise = (1 - alpha_bar).clamp(min=1e-300)  # 1 - ᾱ_t, without 0/0 in entry 0
+        tables = dict(
+            alpha_bar=alpha_bar, alpha=alpha, beta=beta,
+            beta_tilde=(1 - before) / noise * beta,  # β̃_t   Ho (7)
+            c_x0=before.sqrt() * beta / noise,  # μ̃_t = c_x0 x_0 + c_xt x_t   Ho (7)
+            c_xt=alpha.sqrt() * (1 - before) / noise)
+        for name, table in tables.items():
+            self.register_buffer(name, table, persistent=False)
+        # E‖x_0 - x̂_0(x_t, t)‖² per pixel for each t, and L_0's fitted variance: filled in after training
+        self.register_buffer("mse", torch.zeros(self.T + 1, dtype=torch.float64))
+        self.register_buffer("decoder_variance", torch.zeros((), dtype=torch.float64))
+
+    # The forward process.
+
+    def q_sample(self, x0, t, eps):
+        """x_t ~ q(x_t|x_0) made from the noise eps ~ N(0, I), which is like x0.  Report (40) and (41)"""
+        return at(self.alpha_bar.sqrt(), t, x0) * x0 + at((1 - self.alpha_bar).sqrt(), t, x0) * eps  # Ho (4)
+
+    def q_posterior(self, x0, xt, t):
+        """q(x_{t-1}|x_t, x_0): mean like xt, and variance (B, 1, 1, 1).  Ho (6), report (65)"""
+        mean = at(self.c_x0, t, xt) * x0 + at(self.c_xt, t, xt) * xt  # μ̃_t   Ho (7), report (66)
+        return mean, at(self.beta_tilde, t, xt)  # β̃_t   Ho (7), report (66)
+
+    # ε, x_0 and μ̃ tell the same once x_t is known.
+
+    def x0_from_eps(self, xt, t, eps):
+        """x_0 = (x_t - √(1-ᾱ_t) ε) / √ᾱ_t"""
+        noise = at((1 - self.alpha_bar).sqrt(), t, xt) * eps
+        return (xt - noise) / at(self.alpha_bar.sqrt(), t, xt)  # Ho (15), report (67)
+
+    def eps_from_x0(self, xt, t, x0):
+        """ε = (x_t - √ᾱ_t x_0) / √(1-ᾱ_t)"""
+        return (xt - at(self.alpha_bar.sqrt(), t, xt) * x0) / at((1 - self.alpha_bar).sqrt(), t, xt)
+
+    def mu_from_eps(self, xt, t, eps):
+        """μ̃_t = (x_t - β_t/√(1-ᾱ_t) ε) / √α_t"""
+        scale = self.beta / (1 - self.alpha_bar).clamp(min=1e-300).sqrt()
+        return (xt - at(scale, t, xt) * eps) / at(self.alpha.sqrt(), t, xt)  # Ho (11), report (68)
+
+    def x0_from_mu(self, xt, t, mu):
+        """Ho (7) solved for x_0.  The way back, x_0 -> μ̃, is q_posterior."""
+        return (mu - at(self.c_xt, t, xt) * xt) / at(self.c_x0, t, xt)
+
+    # The reverse process.
+
+    def predict_x0(self, xt, t):
+        """x̂_0(x_t, t), the network's guess at x_0, whatever it predicts: like xt."""
+        out = self.net(xt, t).to(xt.dtype)
+        if self.predict != "x0":
+            out = (self.x0_from_eps if self.predict == "eps" else self.x0_from_mu)(xt, t, out)
+        return out.clamp(-1, 1) if self.clip else out
+
+    @property
+    def variance(self):
+        """σ_t² of p(x_{t-1}|x_t), (T+1,).
+
+        "beta" is the upper and "posterior" the lower end of what is right (Ho, section 3.2).  "optimal" needs
+        no training: with the mean given, the variance that makes the expected KL smallest is that of q plus
+        the mean's squared error (Bao et al. 2022), and the means differ by c_x0 (x_0 - x̂_0).  Before
+        estimate_mse it equals "posterior".
+        """
+        if self.sigma == "beta":
+            variance = self.beta.clone()
+        else:
+            variance = self.beta_tilde.clone()
+            variance[1] = variance[2] if self.T > 1 else self.beta[1]  # β̃_1 = 0 is no decoder: take the next
+            if self.sigma == "optimal":
+                optimal = self.beta_tilde + self.c_x0 ** 2 * self.mse
+                variance = torch.where(self.mse > 0, optimal, variance)
+        if self.decoder_variance > 0:
+            variance[1] = self.decoder_variance
+        return variance
+
+    def p_mean_variance(self, xt, t):
+        """p(x_{t-1}|x_t) = N(mean, variance I): mean like xt, variance (B, 1, 1, 1).  Ho (1), report (42)
+
+        The mean is q's with x̂_0 for x_0; for predict="eps" without clipping that is Ho (11).
+        """
+        mean, _ = self.q_posterior(self.predict_x0(xt, t), xt, t)
+        return mean, at(self.variance, t, xt)
+
+    # The losses and the bound.
+
+    def loss(self, x0, t=None, eps=None, weighting="simple"):
+        """A draw of the training loss: x0 (B, C, H, W) -> scalar.
+
+        simple: the mean squared error per pixel of what the network predicts.  Ho (14), report (74)
+        vlb: the bound itself, L_{t-1} at a random t times T, in bits/dim.  Ho (5) and (12), report (73)
+        t (B,) and eps, like x0, are drawn unless given.
+        """
+        if t is None:
+            t = torch.randint(1, self.T + 1, (len(x0),), device=x0.device)  # 1 ... T, both inclusive
+        eps = torch.randn_like(x0) if eps is None else eps
+        xt = self.q_sample(x0, t, eps)
+        if weighting == "simple":
+            target = {"eps": eps, "x0": x0, "mu": self.q_posterior(x0, xt, t)[0]}[self.predict]
+            return F.mse_loss(self.net(xt, t).to(xt.dtype), target)  # Ho (14)
+        x0_hat = self.predict_x0(xt, t)
+        error = (x0 - x0_hat).pow(2).flatten(1).sum(1)  # (B,)
+        mean = torch.where((t == 1).view(-1, 1, 1, 1), x0_hat, x0)  # elsewhere L_0 is not used: keep it tame
+        L_0 = -log_discretized_normal(x0, mean, self.variance[1].sqrt())
+        dim = x0[0].numel()
+        L = torch.where(t == 1, L_0, self.kl(error, t, dim))  # (B,) nats
+        return self.T * L.mean() / (dim * math.log(2))
+
+    def kl(self, error, t, dim):
+        """L_{t-1} for t > 1 in nats, closed form, from error = ‖x_0 - x̂_0‖²: error and t (...) -> (...).
+
+        KL(N(μ̃_t, β̃_t I) || N(μ_θ, σ_t² I)), whose means differ by c_x0 (x_0 - x̂_0), in dim dimensions.
+        Ho (8), report (69)
+        """
+        ratio = (self.beta_tilde / self.variance)[t]
+        return 0.5 * (dim * (ratio - 1 - ratio.log()) + (self.c_x0 ** 2 / self.variance)[t] * error)
+
+    @torch.no_grad()
+    def x0_errors(self, x0):
+        """‖x_0 - x̂_0(x_t, t)‖² for one draw of each x_t: x0 (B, C, H, W) -> (B, T+1), column t for t.
+
+        Column 0 is 0.  It is all that the network contributes to L_1 ... L_{T-1}, under any variance and for
+        any respaced chain.
+        """
+        errors = torch.zeros(len(x0), self.T + 1, dtype=torch.float64, device=x0.device)
+        for s in tqdm(range(1, self.T + 1), desc="bound", leave=False, disable=self.T < 100):
+            t = torch.full((len(x0),), s, device=x0.device)
+            xt = self.q_sample(x0, t, torch.randn_like(x0))
+            errors[:, s] = (x0 - self.predict_x0(xt, t)).pow(2).flatten(1).sum(1)
+        return errors
+
+    @torch.no_grad()
+    def vlb_terms(self, x0, errors=None):
+        """Every term of the bound, one Monte Carlo draw of each x_t: x0 (B, C, H, W) -> (B, T+1) in nats.
+
+        Column 0 is L_0, column t-1 is L_{t-1}, column T is L_T; their sum is >= -log P(x0) in the mean, and
+        bits/dim are nats / (C·H·W·ln 2).  x0 holds 8-bit levels.  errors: of x0_errors, where at hand.
+        Ho (5), report (54)
+        """
+        errors = self.x0_errors(x0) if errors is None else errors
+        one = torch.ones(len(x0), dtype=torch.int64, device=x0.device)
+        x0_hat = self.predict_x0(self.q_sample(x0, one, torch.randn_like(x0)), one)  # p's mean at t = 1
+        L_0 = -log_discretized_normal(x0, x0_hat, self.variance[1].sqrt())  # Ho (13)
+        L_t = self.kl(errors[:, 2:], torch.arange(2, self.T + 1, device=x0.device), x0[0].numel())  # Ho (8)
+        a = self.alpha_bar[-1]
+        # KL(q(x_T|x_0) || N(0, I)) with q's mean √ᾱ_T x_0 and variance 1-ᾱ_T
+        L_T = 0.5 * (a * x0.double() ** 2 - a - torch.log1p(-a)).flatten(1).sum(1)
+        return torch.cat([L_0[:, None], L_t, L_T[:, None]], dim=1)
+
+    def estimate_mse(self, x0):
+        """Fills in mse, on which the "optimal" variance rests, from training images x0 (B, C, H, W)."""
+        self.mse.copy_(self.x0_errors(x0).mean(0) / x0[0].numel())
+
+    @torch.no_grad()
+    def fit_decoder(self, x0):
+        """Sets σ_1 of L_0 to the value under which training images x0 are likeliest, of 81 from 1e-4 to 1."""
+        t = torch.ones(len(x0), dtype=torch.int64, device=x0.device)
+        x0_hat = self.predict_x0(self.q_sample(x0, t, torch.randn_like(x0)), t)
+        sigma = max(torch.logspace(-4, 0, 81).tolist(),
+                    key=lambda sigma: log_discretized_normal(x0, x0_hat, sigma).sum().item())
+        self.decoder_variance.fill_(sigma ** 2)
+
+    # Sampling.
+
+    def respace(self, steps):
+        """The chain that visits only `steps` of the T times, as a DDPM of its own with the same network.
+
+        q(x_τ|x_0) stays what it was, so the network need not be trained anew; steps in 1 ... T.
+        Nichol & Dhariwal 2021, section 4; Song et al. 2021, section 4.2
+        """
+        if not 1 <= steps <= self.T:
+            raise ValueError(f"steps must be from 1 to T = {self.T}, not {steps}")
+        tau = torch.linspace(0, self.T, steps + 1, dtype=torch.float64).round().long().to(self.beta.device)
+        chain = DDPM(lambda xt, t: self.predict_x0(xt, tau[t]), schedule=self.alpha_bar[tau], predict="x0",
+                     sigma=self.sigma, clip=self.clip, shape=self.shape).to(self.beta.device)
+        chain.tau = tau
+        chain.mse.copy_(self.mse[tau])
+        if tau[1] == 1:
+            chain.decoder_variance.copy_(self.decoder_variance)
+        return chain
+
+    @torch.no_grad()
+    def trajectory(self, n, eta=1.0):
+        """Yields (t, x_t, x̂_0) for t = T ... 1, last (0, x_0, x_0): (n, C, H, W) on the scale [-1, 1]."""
+        xt = torch.randn(n, *self.shape, device=self.beta.device)  # Ho, Algorithm 2, line 1
+        variance, before = self.variance, self.alpha_bar.roll(1)  # σ_t², ᾱ_{t-1}
+        spread = (1 - before - eta ** 2 * self.beta_tilde).clamp(min=0)
+        for s in range(self.T, 0, -1):  # line 2
+            t = torch.full((n,), s, device=xt.device)
+            x0 = self.predict_x0(xt, t)
+            yield s, xt, x0
+            # Line 4.  The mean is √ᾱ_{t-1} x̂_0 + √(1-ᾱ_{t-1}-η²β̃_t) ε̂: for η = 1 that is μ_θ of Ho (11),
+            # for smaller η DDIM's, which reaches the same q(x_{t-1}|x_0) with less noise, exactly so for
+            # σ_t² = β̃_t.  Song et al. 2021 (12)
+            eps = self.eps_from_x0(xt, t, x0)
+            mean = at(before.sqrt(), t, xt) * x0 + at(spread.sqrt(), t, xt) * eps
+            z = torch.randn_like(xt) if s > 1 else torch.zeros_like(xt)  # line 3
+            xt = mean + eta * at(variance.sqrt(), t, xt) * z
+        yield 0, xt, xt
+
+    def sample(self, n, steps=None, eta=1.0):
+        """n images (n, C, H, W) in [0, 1].  Ho, Algorithm 2
+
+        steps: how many network evaluations, None for T.  eta: 1 is ancestral, 0 is deterministic DDIM.
+        """
+        chain = self if steps in (None, self.T) else self.respace(steps)
+        for _, xt, _ in chain.trajectory(n, eta):
+            pass
+        return to_image(xt)
+
+
+# The network.
+
+class Block(nn.Module):
+    """Two convolutions, told of t in between, added to the input: (B, cin, H, W) -> (B, cout, H, W)."""
+
+    def __init__(self, cin, cout, embed):
+        super().__init__()
+        # GroupNorm and not BatchNorm: a batch mixes all t, whose statistics have nothing in common
+        self.norm1, self.conv1 = nn.GroupNorm(8, cin), nn.Conv2d(cin, cout, 3, padding=1)
+        self.norm2, self.conv2 = nn.GroupNorm(8, cout), nn.Conv2d(cout, cout, 3, padding=1)
+        self.film = nn.Linear(embed, 2 * cout)
+        self.skip = nn.Conv2d(cin, cout, 1) if cin != cout else nn.Identity()
+        nn.init.zeros_(self.conv2.weight)  # a new block is the identity
+
+    def forward(self, h, e):
+        scale, shift = self.film(e)[:, :, None, None].chunk(2, dim=1)  # (B, cout, 1, 1) each
+        y = self.conv1(F.silu(self.norm1(h)))  # (B, cout, H, W)
+        y = self.conv2(F.silu(self.norm2(y) * (1 + scale) + shift))
+        return self.skip(h) + y
+
+
+class UNet(nn.Module):
+    """net(xt, t): (B, channels, H, W), (B,) -> like xt; H and W are multiples of 4.
+
+    It works at half and a quarter of the resolution, on 2x2 pixels folded into channels: at the full one most
+    of the time would go into the cheapest features.
+    """
+
+    def __init__(self, channels=1, width=32, deep=64, embed=128):
+        super().__init__()
+        self.width = width
+        self.time = nn.Sequential(nn.Linear(2 * width, embed), nn.SiLU(), nn.Linear(embed, embed), nn.SiLU())
+        self.enter = nn.Conv2d(4 * channels, width, 3, padding=1)
+        self.down1 = Block(width, width, embed)
+        self.pool = nn.Conv2d(width, deep, 3, stride=2, padding=1)
+        self.middle = nn.ModuleList(Block(deep, deep, embed) for _ in range(3))
+        self.unpool = nn.Conv2d(deep, width, 3, padding=1)
+        self.up1 = Block(2 * width, width, embed)
+        self.norm, self.leave = nn.GroupNorm(8, width), nn.Conv2d(width, 4 * channels, 3, padding=1)
+        nn.init.zeros_(self.leave.weight)
+
+    def forward(self, xt, t):
+        # the sinusoids of Vaswani et al. 2017, section 3.5, of t as their position
+        frequency = torch.exp(-math.log(10000) * torch.arange(self.width, device=t.device) / self.width)
+        angle = t[:, None] * frequency  # (B, width)
+        e = self.time(torch.cat([angle.sin(), angle.cos()], dim=1))  # (B, embed)
+        h = F.pixel_unshuffle(xt, 2)  # (B, 4·channels, H/2, W/2)
+        h = h.contiguous(memory_format=torch.channels_last)  # the layout in which convolutions are fast
+        h = high = self.down1(self.enter(h), e)  # (B, width, H/2, W/2)
+        h = self.pool(h)  # (B, deep, H/4, W/4)
+        for block in self.middle:
+            h = block(h, e)
+        h = self.unpool(F.interpolate(h, scale_factor=2))  # (B, width, H/2, W/2)
+        h = self.up1(torch.cat([h, high], dim=1), e)
+        return F.pixel_shuffle(self.leave(F.silu(self.norm(h))), 2)  # (B, channels, H, W)
+
+
+# Training.
+
+class Muon(torch.optim.Optimizer):
+    """Momentum whose step is made orthogonal: all directions of a weight matrix move equally far.
+
+    For convolution kernels, as matrices (out, in · 3 · 3).  Jordan et al. 2024, "Muon"
+    """
+
+    def __init__(self, params, lr, momentum=0.95):
+        super().__init__(params, dict(lr=lr, momentum=momentum))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                m = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                m.lerp_(p.grad, 1 - group["momentum"])
+                X = p.grad.lerp(m, group["momentum"]).flatten(1)  # Nesterov
+                X = X / (X.norm() + 1e-7)
+                for _ in range(5):  # Newton-Schulz: drives every singular value of X towards 1
+                    A = X @ X.T
+                    X = 3.4445 * X + (-4.7750 * A + 2.0315 * A @ A) @ X
+                p.add_(X.view_as(p), alpha=-group["lr"] * max(1, len(X) / X.shape[1]) ** 0.5)
+
+
+SETTINGS = ["T", "schedule", "predict", "sigma", "loss", "optimizer",
+            "data", "limit", "epochs", "batch_size", "lr", "seed"]
+
+
+def make_optimizers(net, kind, lr):
+    """[Adam] for all weights, or [Adam, Muon], with Muon for the inner convolutions at 20 times lr."""
+    kernels = [p for p in net.parameters() if p.dim() == 4 and min(p.shape[:2]) > 4] if kind == "muon" else []
+    rest = [p for p in net.parameters() if all(p is not k for k in kernels)]
+    adam = torch.optim.Adam(rest, lr=lr, betas=(0.9, 0.99), fused=True)
+    return [adam, Muon(kernels, lr=20 * lr)] if kernels else [adam]
+
+
+def train(args, device):
+    """Minimizes the loss and keeps an exponential moving average of the weights, with which one samples.
+
+    OUT/ddpm.pt is the checkpoint.  Returns the averaged model and where the run stands.
+    """
+    torch.manual_seed(args.seed)
+    x_train, x_test = common.load_data(args.data, args.data_dir, device)  # uint8 (N, 1, 28, 28)
+    x_train = x_train[:args.limit]
+    model = build(vars(args)).to(device)
+    ema = copy.deepcopy(model).requires_grad_(False).eval()
+    optimizers = make_optimizers(model.net, args.optimizer, args.lr)
+    rates = [optimizer.defaults["lr"] for optimizer in optimizers]
+    run = common.Run(Path(args.out) / "ddpm.pt", args, SETTINGS, len(x_train), ["train_loss"], device,
+                     model=model, ema=ema, **{type(o).__name__.lower(): o for o in optimizers})
+    average = 1 - 20 / (20 + run.steps * args.epochs)  # over about the last twentieth of the run
+
+    for epoch in run.epochs():
+        for done, batch in run.batches():
+            for optimizer, rate in zip(optimizers, rates):  # warm-up over 1/50 of the run, cosine decay to 0
+                decay = min(1, 50 * done) * 0.5 * (1 + math.cos(math.pi * done))
+                optimizer.param_groups[0]["lr"] = rate * decay
+            x0 = to_model(x_train[batch] / 255)  # (B, 1, 28, 28) in [-1, 1]
+            with common.autocast(device):
+                loss = model.loss(x0, weighting=args.loss)
+            for optimizer in optimizers:
+                optimizer.zero_grad()
+            loss.backward()
+            for optimizer in optimizers:
+                optimizer.step()
+            for p, q in zip(ema.parameters(), model.parameters()):
+                p.lerp_(q.detach(), 1 - average)
+            run.report(loss)
+        run.end_epoch(test_loss=evaluate(ema, x_test[:2000], args))
+        if epoch % math.ceil(args.epochs / 10) == 0:  # the same noise each time: one sees it learn
+            with common.own_randomness(args.seed, device), common.autocast(device):
+                x = ema.sample(40, min(50, args.T))
+            path = Path(args.out) / f"ddpm_epoch_{epoch:03d}.png"
+            common.plot_grid(x, path, f"DDPM, {common.NAMES[args.data]}: epoch {epoch} of {args.epochs}")
+        if epoch == args.epochs:  # the one thing that "optimal" needs, from training images
+            with common.own_randomness(args.seed, device):
+                ema.estimate_mse(to_model(x_train[:16] / 255))
+    return ema, run
+
+
+@torch.no_grad()
+def evaluate(model, images, args):
+    """The training loss on images, uint8 (N, 1, 28, 28), with the same t and ε at every call."""
+    with common.own_randomness(args.seed, images.device):
+        losses = [model.loss(to_model(batch / 255), weighting=args.loss) for batch in images.split(1000)]
+    return torch.stack(losses).mean().item()
+
+
+# Pictures.
+
+@torch.no_grad()
+def draw(model, run, args, device):
+    """The pictures of a trained model in OUT -> their names."""
+    out, name = Path(args.out), f"DDPM, {common.NAMES[args.data]}, {args.epochs} epochs"
+    _, x_test = common.load_data(args.data, args.data_dir, device)
+    x = model.sample(100, args.steps)
+    common.plot_grid(x, out / "ddpm_samples.png", f"{name}: 100 samples, {args.steps} steps")
+
+    frames = {t: (xt, x0) for t, xt, x0 in model.trajectory(1) if t % math.ceil(model.T / 50) == 0}
+    frames = dict(sorted(frames.items(), reverse=True))
+    xt, x0 = (to_image(torch.cat(images)) for images in zip(*frames.values()))
+    labels = [f"t = {t}" for t in frames]
+    panels = {"$x_t$": xt, "$\\hat{x}_0(x_t, t)$": x0}
+    common.save_gif(panels, out / "ddpm_trajectory.gif", f"{name}: one sample", labels)
+    some = torch.linspace(0, len(labels) - 1, 11).round().int().tolist()
+    common.plot_rows({"$x_t$": xt[some], "$\\hat{x}_0$": x0[some]}, out / "ddpm_trajectory.png",
+                     f"{name}: one sample on its way from noise", [labels[i] for i in some])
+
+    x0 = to_model(x_test[:1] / 255).expand(11, -1, -1, -1)
+    t = torch.linspace(0, model.T, 11, device=device).round().long()
+    xt = model.q_sample(x0, t, torch.randn_like(x0))
+    common.plot_rows({"$q(x_t|x_0)$": to_image(xt)}, out / "ddpm_forward.png",
+                     f"{name}: a test digit on its way to noise", [f"t = {t}" for t in t.tolist()])
+    epochs = [row["epoch"] for row in run.history]
+    curves = {split: (epochs, [row[f"{split}_loss"] for row in run.history]) for split in ("train", "test")}
+    common.plot_curves(curves, out / "ddpm_loss.png", f"{name}: training loss",
+                       "squared error per pixel" if args.loss == "simple" else "bits/dim")
+    return ["ddpm_samples.png", "ddpm_trajectory.gif", "ddpm_trajectory.png", "ddpm_forward.png",
+            "ddpm_loss.png"]
+
+
+def load(path, device="cpu"):
+    """The trained DDPM of a checkpoint with its averaged weights, ready to sample.
+
+    Its settings are in .settings.  Raises common.InputError for any other file.
+    """
+    return common.restored(build, common.load(path, "ddpm"), "ema", path).to(device)
+
+
+def build(settings):
+    """The model that settings, a dict with the names in SETTINGS, describe."""
+    s = settings
+    model = DDPM(UNet(), s["T"], s["schedule"], s["predict"], s["sigma"], clip=True)
+    model.net.to(memory_format=torch.channels_last)
+    return model
+
+
+def parse(argv):
+    parser = common.arguments(__doc__, EXAMPLES, epochs=None, batch_size=128, lr=1e-3)
+    add, number = parser.add_argument, common.number
+    add("--T", metavar="N", type=number(int, 2, 10000), default=1000, help="steps of the chain")
+    add("--schedule", choices=["linear", "cosine", "logsnr"], default="linear", help="of the noise")
+    add("--predict", choices=["eps", "x0", "mu"], default="eps", help="what the network's output stands for")
+    add("--loss", choices=["simple", "vlb"], default="simple", help="Ho's L_simple, or the bound itself")
+    add("--sigma", choices=["beta", "posterior", "optimal"], default="posterior",
+        help="σ² of the reverse steps: β, β̃, which is better in few steps, or fitted to the network")
+    add("--optimizer", choices=["muon", "adam"], default="muon",
+        help="of the convolutions; all else is trained by Adam")
+    add("--sample", metavar="N", type=number(int, 1, 10000),
+        help="draw N samples from the checkpoint and stop")
+    add("--steps", metavar="K", type=number(int, 1, 10000),
+        help="network evaluations a sample takes, at most T (default: T on a GPU, 50 on a CPU)")
+    add("--eta", metavar="X", type=number(float, 0, 1), default=1.0, help="1: ancestral sampling; 0: DDIM")
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    args = parse(argv)
+    device, out = common.pick_device(args.device), Path(args.out).expanduser()
+    model = load(out / "ddpm.pt", device) if args.sample else None
+    T = model.T if model else args.T
+    args.steps = args.steps or (T if device.type == "cuda" else min(T, 50))
+    if args.steps > T:
+        raise common.InputError(f"--steps {args.steps} is more than the chain's T = {T}")
+    if model:
+        torch.manual_seed(args.seed)
+        with common.autocast(device):
+            x = model.sample(args.sample, args.steps, args.eta)
+        data = common.NAMES[model.settings["data"]]
+        common.plot_grid(x, out / "ddpm_sample.png", f"DDPM, {data}: {args.steps} steps, eta {args.eta:g}")
+        return common.farewell("ddpm", out, ["ddpm_sample.png"], model.settings["data"])
+    args.data, args.out = common.find_data(args.data, args.data_dir), common.output_folder(out)
+    args.epochs = args.epochs or (100 if device.type == "cuda" else 6 if common.has_bfloat16(device) else 3)
+    model, run = train(args, device)
+    torch.manual_seed(args.seed)
+    with common.autocast(device):
+        pictures = draw(model, run, args, device)
+    common.farewell("ddpm", out, ["ddpm.pt", *pictures], args.data)
+
+
+if __name__ == "__main__":
+    common.run(main)
