@@ -242,7 +242,7 @@ def _mosaic(x, columns, gap):
 def _picture(pixels, title):
     """A figure of (height, width, 3) pixels, each enlarged by a whole number, and nothing else yet."""
     height, width, _ = pixels.shape
-    zoom = min(4, max(1, 1200 // width))
+    zoom = max(1, min(4, 1200 // width, 60000 // height))  # 65535 pixels are the most that matplotlib draws
     figure = Figure(figsize=(width * zoom / 130, height * zoom / 130), dpi=130)
     axes = figure.add_axes((0, 0, 1, 1))  # the title and the labels lie outside: _save makes room for them
     axes.imshow(pixels, interpolation="nearest")
@@ -297,7 +297,7 @@ def plot_latent(mu, labels, path, title):
     figure = Figure(figsize=(6, 5.5), dpi=130, layout="constrained")
     axes = figure.subplots()
     for digit in range(10):
-        axes.scatter(*mu[labels == digit].T, s=3, alpha=0.6, linewidth=0, color=f"C{digit}", label=digit)
+        axes.scatter(*mu[labels == digit].numpy().T, s=3, alpha=0.6, linewidth=0, color=f"C{digit}", label=digit)
     for radius in 1, 2:
         axes.add_patch(Circle((0, 0), radius, fill=False, color="black", alpha=0.4, linewidth=0.8))
     axes.set(title=title, xlabel="$z_1$", ylabel="$z_2$", aspect="equal")
@@ -404,6 +404,8 @@ class Run:
     """
 
     def __init__(self, path, args, settings, images, terms, device, **parts):
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
         self.path, self.name, self.terms, self.device = Path(path), Path(path).stem, terms, device
         self.parts, self.settings = parts, {name: getattr(args, name) for name in settings}
         self.total, self.images, self.batch_size = args.epochs, images, args.batch_size
@@ -478,7 +480,7 @@ class Run:
             if self.step - first == 50 and self.epoch == 0 and self.total < 100:
                 epoch = (time.perf_counter() - steady) / 40 * self.steps / 60  # minutes
                 tqdm.write(f"{self.name}: {epoch:.1f} min an epoch here, {epoch * self.total:.1f} min for "
-                           f"these {self.total}; the report's 100 would take {epoch * 100:.0f} min (--epochs 100)")
+                           f"these {self.total}; the report's 100 take {epoch * 100:.0f} min (--epochs 100)")
             if self.signals:
                 self.seconds += time.perf_counter() - started
                 self.save()
@@ -488,13 +490,14 @@ class Run:
     def _stop_if_asked(self):
         if self.signals:
             self.bar.close()
-            print(f"{self.name}: stopped after {self.epoch} epochs and {self.step} steps, kept in {self.path}; "
-                  f"the same command with --resume goes on", file=sys.stderr)
+            print(f"{self.name}: stopped after {self.epoch} epochs and {self.step} steps; the same command "
+                  f"with --resume goes on from {self.path}", file=sys.stderr)
             sys.exit(128 + self.signals[0])
 
     def _diverged(self, what):
         kept = f"{self.path} keeps epoch {self.epoch}" if self.epoch else "nothing is saved yet"
-        raise InputError(f"{what} of epoch {self.epoch + 1} with --lr {self.settings['lr']}: lower it; {kept}")
+        lr = self.settings["lr"]
+        raise InputError(f"{what} of epoch {self.epoch + 1} with --lr {lr}: lower it; {kept}")
 
     def report(self, *values):
         """This step's terms, scalars on the device; they are kept there, so that no step waits for them."""
@@ -667,7 +670,7 @@ def run(main):
     try:
         main()
     except torch.OutOfMemoryError:
-        _fail("the GPU is out of memory; lower --batch-size")
+        _fail("the GPU is out of memory; lower --batch-size if it was training, else --sample")
     except (InputError, OSError) as error:  # OSError: a full disk, a folder that went away
         _fail(error)
     except KeyboardInterrupt:

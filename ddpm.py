@@ -26,7 +26,8 @@ import common
 EXAMPLES = """\
   python ddpm.py                           train, then draw samples, a trajectory and the loss curve
   python ddpm.py --sample 64 --steps 20    draw 64 digits from the checkpoint in results/, in 20 steps
-  python ddpm.py --predict x0 --schedule cosine --out results/x0    another parameterization"""
+  python ddpm.py --predict x0 --schedule cosine --out results/x0    another parameterization
+  python ddpm.py --schedule logsnr --fourier --out results/bits     trained for likelihood"""
 
 
 def to_model(x):
@@ -90,7 +91,7 @@ class DDPM(nn.Module):
     T: number of steps.  schedule: see make_alpha_bar; or the table ᾱ_0 ... ᾱ_T itself, which then gives T.
     predict: what the network's output stands for: "eps" (ε), "x0" (x_0) or "mu" (μ̃).
     sigma: the variance of p(x_{t-1}|x_t): "beta" (β_t), "posterior" (β̃_t) or "optimal" (see variance).
-    clip: keep the predicted x_0 within [-1, 1], as Ho's code does; training does not depend on it.
+    clip: keep the predicted x_0 within [-1, 1], as Ho's code does, when sampling and in the bound.
     shape: of one image, on which sample starts.
     """
 
@@ -115,9 +116,9 @@ class DDPM(nn.Module):
             c_xt=alpha.sqrt() * (1 - before) / noise)
         for name, table in tables.items():
             self.register_buffer(name, table, persistent=False)
-        # E‖x_0 - x̂_0(x_t, t)‖² per pixel for each t, and L_0's fitted variance: filled in after training
+        # what only a trained network tells: E‖x_0 - x̂_0(x_t, t)‖² per pixel for each t, and L_0's two scales
         self.register_buffer("mse", torch.zeros(self.T + 1, dtype=torch.float64))
-        self.register_buffer("decoder_variance", torch.zeros((), dtype=torch.float64))
+        self.register_buffer("decoder_sigma", torch.zeros(2, dtype=torch.float64))
 
     # The forward process.
 
@@ -127,7 +128,7 @@ class DDPM(nn.Module):
 
     def q_posterior(self, x0, xt, t):
         """q(x_{t-1}|x_t, x_0): mean like xt, and variance (B, 1, 1, 1).  Ho (6), report (65)"""
-        mean = at(self.c_x0, t, xt) * x0 + at(self.c_xt, t, xt) * xt  # μ̃_t   Ho (7), report (66)
+        mean = at(self.c_x0, t, xt) * x0 + at(self.c_xt, t, xt) * xt  # μ̃_t   Ho (7)
         return mean, at(self.beta_tilde, t, xt)  # β̃_t   Ho (7), report (66)
 
     # ε, x_0 and μ̃ tell the same once x_t is known.
@@ -139,7 +140,7 @@ class DDPM(nn.Module):
 
     def eps_from_x0(self, xt, t, x0):
         """ε = (x_t - √ᾱ_t x_0) / √(1-ᾱ_t)"""
-        return (xt - at(self.alpha_bar.sqrt(), t, xt) * x0) / at((1 - self.alpha_bar).sqrt(), t, xt)
+        return (xt - at(self.alpha_bar.sqrt(), t, xt) * x0) / at((1 - self.alpha_bar).sqrt(), t, xt)  # Ho (4)
 
     def mu_from_eps(self, xt, t, eps):
         """μ̃_t = (x_t - β_t/√(1-ᾱ_t) ε) / √α_t"""
@@ -148,16 +149,16 @@ class DDPM(nn.Module):
 
     def x0_from_mu(self, xt, t, mu):
         """Ho (7) solved for x_0.  The way back, x_0 -> μ̃, is q_posterior."""
-        return (mu - at(self.c_xt, t, xt) * xt) / at(self.c_x0, t, xt)
+        return (mu - at(self.c_xt, t, xt) * xt) / at(self.c_x0, t, xt)  # Ho (7)
 
     # The reverse process.
 
-    def predict_x0(self, xt, t):
-        """x̂_0(x_t, t), the network's guess at x_0, whatever it predicts: like xt."""
+    def predict_x0(self, xt, t, clip=None):
+        """x̂_0(x_t, t), the network's guess at x_0, whatever it predicts: like xt.  clip=None: self.clip."""
         out = self.net(xt, t).to(xt.dtype)
         if self.predict != "x0":
             out = (self.x0_from_eps if self.predict == "eps" else self.x0_from_mu)(xt, t, out)
-        return out.clamp(-1, 1) if self.clip else out
+        return out.clamp(-1, 1) if (self.clip if clip is None else clip) else out
 
     @property
     def variance(self):
@@ -166,19 +167,22 @@ class DDPM(nn.Module):
         "beta" is the upper and "posterior" the lower end of what is right (Ho, section 3.2).  "optimal" needs
         no training: with the mean given, the variance that makes the expected KL smallest is that of q plus
         the mean's squared error (Bao et al. 2022), and the means differ by c_x0 (x_0 - x̂_0).  Before
-        estimate_mse it equals "posterior".
+        estimate_mse it equals "posterior".  β̃_1 = 0 would be no decoder: there β̃_2 stands instead.
         """
         if self.sigma == "beta":
-            variance = self.beta.clone()
-        else:
-            variance = self.beta_tilde.clone()
-            variance[1] = variance[2] if self.T > 1 else self.beta[1]  # β̃_1 = 0 is no decoder: take the next
-            if self.sigma == "optimal":
-                optimal = self.beta_tilde + self.c_x0 ** 2 * self.mse
-                variance = torch.where(self.mse > 0, optimal, variance)
-        if self.decoder_variance > 0:
-            variance[1] = self.decoder_variance
+            return self.beta
+        variance = self.beta_tilde + (self.c_x0 ** 2 * self.mse if self.sigma == "optimal" else 0)
+        variance[1] = self.beta_tilde[2] if self.T > 1 else self.beta[1]
         return variance
+
+    def decoder_scale(self, x0_hat):
+        """σ_1 of p(x_0|x_1) for each pixel of its mean x̂_0: like x0_hat.
+
+        That of variance, or after fit_decoder one of two: one where x̂_0 is black or white, and hardly ever
+        wrong, and one for the gray between.
+        """
+        fitted = torch.where(x0_hat.abs() > 1 - 1 / 255, self.decoder_sigma[1], self.decoder_sigma[0])
+        return torch.where(self.decoder_sigma[0] > 0, fitted, self.variance[1].sqrt())
 
     def p_mean_variance(self, xt, t):
         """p(x_{t-1}|x_t) = N(mean, variance I): mean like xt, variance (B, 1, 1, 1).  Ho (1), report (42)
@@ -202,12 +206,13 @@ class DDPM(nn.Module):
         eps = torch.randn_like(x0) if eps is None else eps
         xt = self.q_sample(x0, t, eps)
         if weighting == "simple":
-            target = {"eps": eps, "x0": x0, "mu": self.q_posterior(x0, xt, t)[0]}[self.predict]
+            target = {"eps": eps, "x0": x0}.get(self.predict)
+            target = self.q_posterior(x0, xt, t)[0] if target is None else target
             return F.mse_loss(self.net(xt, t).to(xt.dtype), target)  # Ho (14)
-        x0_hat = self.predict_x0(xt, t)
+        x0_hat = self.predict_x0(xt, t, clip=False)  # a clipped pixel would have no gradient
         error = (x0 - x0_hat).pow(2).flatten(1).sum(1)  # (B,)
         mean = torch.where((t == 1).view(-1, 1, 1, 1), x0_hat, x0)  # elsewhere L_0 is not used: keep it tame
-        L_0 = -log_discretized_normal(x0, mean, self.variance[1].sqrt())
+        L_0 = -log_discretized_normal(x0, mean, self.decoder_scale(mean))
         dim = x0[0].numel()
         L = torch.where(t == 1, L_0, self.kl(error, t, dim))  # (B,) nats
         return self.T * L.mean() / (dim * math.log(2))
@@ -219,7 +224,8 @@ class DDPM(nn.Module):
         Ho (8), report (69)
         """
         ratio = (self.beta_tilde / self.variance)[t]
-        return 0.5 * (dim * (ratio - 1 - ratio.log()) + (self.c_x0 ** 2 / self.variance)[t] * error)
+        means = self.c_x0[t] ** 2 * error  # ‖μ̃_t - μ_θ‖²
+        return 0.5 * (dim * (ratio - 1 - ratio.log()) + means / self.variance[t])  # Ho (8)
 
     @torch.no_grad()
     def x0_errors(self, x0):
@@ -241,12 +247,12 @@ class DDPM(nn.Module):
 
         Column 0 is L_0, column t-1 is L_{t-1}, column T is L_T; their sum is >= -log P(x0) in the mean, and
         bits/dim are nats / (C·H·W·ln 2).  x0 holds 8-bit levels.  errors: of x0_errors, where at hand.
-        Ho (5), report (54)
+        Ho (5), report (54) with L_0's sign as in Ho
         """
         errors = self.x0_errors(x0) if errors is None else errors
         one = torch.ones(len(x0), dtype=torch.int64, device=x0.device)
         x0_hat = self.predict_x0(self.q_sample(x0, one, torch.randn_like(x0)), one)  # p's mean at t = 1
-        L_0 = -log_discretized_normal(x0, x0_hat, self.variance[1].sqrt())  # Ho (13)
+        L_0 = -log_discretized_normal(x0, x0_hat, self.decoder_scale(x0_hat))  # Ho (13)
         L_t = self.kl(errors[:, 2:], torch.arange(2, self.T + 1, device=x0.device), x0[0].numel())  # Ho (8)
         a = self.alpha_bar[-1]
         # KL(q(x_T|x_0) || N(0, I)) with q's mean √ᾱ_T x_0 and variance 1-ᾱ_T
@@ -259,12 +265,19 @@ class DDPM(nn.Module):
 
     @torch.no_grad()
     def fit_decoder(self, x0):
-        """Sets σ_1 of L_0 to the value under which training images x0 are likeliest, of 81 from 1e-4 to 1."""
+        """Sets L_0's two scales to the values under which training images x0 are likeliest.
+
+        Each of 49 from 0.001 to 1.  σ_1 = √β_1 = 0.01 gives a pixel that is surely black only a probability
+        of Φ(0.39) = 0.65 of being so, which costs 0.6 bits for most pixels of the image.
+        """
         t = torch.ones(len(x0), dtype=torch.int64, device=x0.device)
         x0_hat = self.predict_x0(self.q_sample(x0, t, torch.randn_like(x0)), t)
-        sigma = max(torch.logspace(-4, 0, 81).tolist(),
-                    key=lambda sigma: log_discretized_normal(x0, x0_hat, sigma).sum().item())
-        self.decoder_variance.fill_(sigma ** 2)
+        self.decoder_sigma.copy_(self.variance[1].sqrt())
+        for i in range(2):  # the pixels of one do not depend on the other
+            def likelihood(sigma):
+                self.decoder_sigma[i] = sigma
+                return log_discretized_normal(x0, x0_hat, self.decoder_scale(x0_hat)).sum().item()
+            self.decoder_sigma[i] = max(torch.logspace(-3, 0, 49).tolist(), key=likelihood)
 
     # Sampling.
 
@@ -282,7 +295,7 @@ class DDPM(nn.Module):
         chain.tau = tau
         chain.mse.copy_(self.mse[tau])
         if tau[1] == 1:
-            chain.decoder_variance.copy_(self.decoder_variance)
+            chain.decoder_sigma.copy_(self.decoder_sigma)
         return chain
 
     @torch.no_grad()
@@ -295,13 +308,13 @@ class DDPM(nn.Module):
             t = torch.full((n,), s, device=xt.device)
             x0 = self.predict_x0(xt, t)
             yield s, xt, x0
-            # Line 4.  The mean is √ᾱ_{t-1} x̂_0 + √(1-ᾱ_{t-1}-η²β̃_t) ε̂: for η = 1 that is μ_θ of Ho (11),
+            # The mean is √ᾱ_{t-1} x̂_0 + √(1-ᾱ_{t-1}-η²β̃_t) ε̂: for η = 1 that is μ_θ of Ho (11),
             # for smaller η DDIM's, which reaches the same q(x_{t-1}|x_0) with less noise, exactly so for
             # σ_t² = β̃_t.  Song et al. 2021 (12)
             eps = self.eps_from_x0(xt, t, x0)
             mean = at(before.sqrt(), t, xt) * x0 + at(spread.sqrt(), t, xt) * eps
             z = torch.randn_like(xt) if s > 1 else torch.zeros_like(xt)  # line 3
-            xt = mean + eta * at(variance.sqrt(), t, xt) * z
+            xt = mean + eta * at(variance.sqrt(), t, xt) * z  # line 4
         yield 0, xt, xt
 
     def sample(self, n, steps=None, eta=1.0):
@@ -340,14 +353,16 @@ class UNet(nn.Module):
     """net(xt, t): (B, channels, H, W), (B,) -> like xt; H and W are multiples of 4.
 
     It works at half and a quarter of the resolution, on 2x2 pixels folded into channels: at the full one most
-    of the time would go into the cheapest features.
+    of the time would go into the cheapest features.  fourier: the network also sees sin and cos of its input
+    with the gray levels' spacing as period, and twice that: else it is blind to noise far below one level, as
+    only the likelihood asks it to see (Kingma et al. 2021).
     """
 
-    def __init__(self, channels=1, width=32, deep=64, embed=128):
+    def __init__(self, channels=1, width=32, deep=64, embed=128, fourier=False):
         super().__init__()
-        self.width = width
+        self.width, self.fourier = width, fourier
         self.time = nn.Sequential(nn.Linear(2 * width, embed), nn.SiLU(), nn.Linear(embed, embed), nn.SiLU())
-        self.enter = nn.Conv2d(4 * channels, width, 3, padding=1)
+        self.enter = nn.Conv2d(4 * channels * (5 if fourier else 1), width, 3, padding=1)
         self.down1 = Block(width, width, embed)
         self.pool = nn.Conv2d(width, deep, 3, stride=2, padding=1)
         self.middle = nn.ModuleList(Block(deep, deep, embed) for _ in range(3))
@@ -361,7 +376,10 @@ class UNet(nn.Module):
         frequency = torch.exp(-math.log(10000) * torch.arange(self.width, device=t.device) / self.width)
         angle = t[:, None] * frequency  # (B, width)
         e = self.time(torch.cat([angle.sin(), angle.cos()], dim=1))  # (B, embed)
-        h = F.pixel_unshuffle(xt, 2)  # (B, 4·channels, H/2, W/2)
+        if self.fourier:
+            waves = [wave(2 ** n * math.pi * xt) for n in (7, 8) for wave in (torch.sin, torch.cos)]
+            xt = torch.cat([xt, *waves], dim=1)  # (B, 5·channels, H, W)
+        h = F.pixel_unshuffle(xt, 2)  # (B, 4·channels, H/2, W/2), five times as many with fourier
         h = h.contiguous(memory_format=torch.channels_last)  # the layout in which convolutions are fast
         h = high = self.down1(self.enter(h), e)  # (B, width, H/2, W/2)
         h = self.pool(h)  # (B, deep, H/4, W/4)
@@ -387,7 +405,9 @@ class Muon(torch.optim.Optimizer):
     def step(self):
         for group in self.param_groups:
             for p in group["params"]:
-                m = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                if not self.state[p]:
+                    self.state[p]["momentum"] = torch.zeros_like(p)
+                m = self.state[p]["momentum"]
                 m.lerp_(p.grad, 1 - group["momentum"])
                 X = p.grad.lerp(m, group["momentum"]).flatten(1)  # Nesterov
                 X = X / (X.norm() + 1e-7)
@@ -397,16 +417,20 @@ class Muon(torch.optim.Optimizer):
                 p.add_(X.view_as(p), alpha=-group["lr"] * max(1, len(X) / X.shape[1]) ** 0.5)
 
 
-SETTINGS = ["T", "schedule", "predict", "sigma", "loss", "optimizer",
+SETTINGS = ["T", "schedule", "predict", "fourier", "sigma", "loss", "optimizer",
             "data", "limit", "epochs", "batch_size", "lr", "seed"]
 
 
 def make_optimizers(net, kind, lr):
-    """[Adam] for all weights, or [Adam, Muon], with Muon for the inner convolutions at 20 times lr."""
+    """[Adam] for all weights, as Ho and the report, or [Adam, Muon] with the inner convolutions for Muon.
+
+    Muon's step has a size of its own: 20 lr.  Adam forgets faster beside it, for the runs are short.
+    """
     kernels = [p for p in net.parameters() if p.dim() == 4 and min(p.shape[:2]) > 4] if kind == "muon" else []
     rest = [p for p in net.parameters() if all(p is not k for k in kernels)]
-    adam = torch.optim.Adam(rest, lr=lr, betas=(0.9, 0.99), fused=True)
-    return [adam, Muon(kernels, lr=20 * lr)] if kernels else [adam]
+    if not kernels:
+        return [torch.optim.Adam(rest, lr=lr, fused=True)]
+    return [torch.optim.Adam(rest, lr=lr, betas=(0.9, 0.99), fused=True), Muon(kernels, lr=20 * lr)]
 
 
 def train(args, device):
@@ -441,7 +465,7 @@ def train(args, device):
             for p, q in zip(ema.parameters(), model.parameters()):
                 p.lerp_(q.detach(), 1 - average)
             run.report(loss)
-        run.end_epoch(test_loss=evaluate(ema, x_test[:2000], args))
+        run.end_epoch(test_loss=evaluate(ema, x_test[::5], args))
         if epoch % math.ceil(args.epochs / 10) == 0:  # the same noise each time: one sees it learn
             with common.own_randomness(args.seed, device), common.autocast(device):
                 x = ema.sample(40, min(50, args.T))
@@ -468,7 +492,7 @@ def draw(model, run, args, device):
     """The pictures of a trained model in OUT -> their names."""
     out, name = Path(args.out), f"DDPM, {common.NAMES[args.data]}, {args.epochs} epochs"
     _, x_test = common.load_data(args.data, args.data_dir, device)
-    x = model.sample(100, args.steps)
+    x = model.sample(100, args.steps, args.eta)
     common.plot_grid(x, out / "ddpm_samples.png", f"{name}: 100 samples, {args.steps} steps")
 
     frames = {t: (xt, x0) for t, xt, x0 in model.trajectory(1) if t % math.ceil(model.T / 50) == 0}
@@ -505,7 +529,7 @@ def load(path, device="cpu"):
 def build(settings):
     """The model that settings, a dict with the names in SETTINGS, describe."""
     s = settings
-    model = DDPM(UNet(), s["T"], s["schedule"], s["predict"], s["sigma"], clip=True)
+    model = DDPM(UNet(fourier=s["fourier"]), s["T"], s["schedule"], s["predict"], s["sigma"], clip=True)
     model.net.to(memory_format=torch.channels_last)
     return model
 
@@ -516,6 +540,7 @@ def parse(argv):
     add("--T", metavar="N", type=number(int, 2, 10000), default=1000, help="steps of the chain")
     add("--schedule", choices=["linear", "cosine", "logsnr"], default="linear", help="of the noise")
     add("--predict", choices=["eps", "x0", "mu"], default="eps", help="what the network's output stands for")
+    add("--fourier", action="store_true", help="show the network its input's sines too: for likelihood")
     add("--loss", choices=["simple", "vlb"], default="simple", help="Ho's L_simple, or the bound itself")
     add("--sigma", choices=["beta", "posterior", "optimal"], default="posterior",
         help="σ² of the reverse steps: β, β̃, which is better in few steps, or fitted to the network")

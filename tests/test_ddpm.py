@@ -157,12 +157,26 @@ def test_sigma_tables():
     close(model.variance[1:], [tilde[2], *tilde[2:]])
     model.mse[1:] = torch.rand(1000)
     c = [0.0] + [math.sqrt(alpha_bar[t - 1]) * beta[t] / (1 - alpha_bar[t]) for t in range(1, 1001)]
-    close(model.variance[1:], [tilde[t] + c[t] ** 2 * model.mse[t].item() for t in range(1, 1001)], rtol=1e-9)
-    model.decoder_variance.fill_(0.5)
-    assert model.variance[1] == 0.5
+    close(model.variance[1], tilde[2])
+    close(model.variance[2:], [tilde[t] + c[t] ** 2 * model.mse[t].item() for t in range(2, 1001)], rtol=1e-9)
     for wrong in dict(predict="v"), dict(sigma="learned"), dict(schedule="sqrt"):
         with pytest.raises(ValueError):
             DDPM(None, **wrong)
+
+
+def test_the_decoder_has_two_fitted_scales():
+    """Gray pixels are off by 0.1, black ones by nothing: each finds its own scale, on images that it is shown."""
+    x0 = torch.where(torch.rand(40, *TINY) < 0.5, -1.0, torch.rand(40, *TINY) - 0.5)
+    x0 = (x0 * 127.5 + 127.5).round() / 127.5 - 1
+    guess = torch.where(x0 == -1, x0, x0 + 0.1 * torch.randn(x0.shape))
+    model = fake(guess, T=10, predict="x0")
+    before = model.vlb_terms(x0, torch.zeros(40, 11))[:, 0]
+    close(model.decoder_scale(guess) ** 2, model.variance[1].expand_as(guess))
+    model.fit_decoder(x0)
+    assert 0.08 < model.decoder_sigma[0] < 0.12 and model.decoder_sigma[1] < 0.0015
+    scale = model.decoder_scale(guess)
+    assert (scale[guess == -1] == model.decoder_sigma[1]).all() and (scale[guess != -1] == model.decoder_sigma[0]).all()
+    assert (model.vlb_terms(x0, torch.zeros(40, 11))[:, 0] < before).all()
 
 
 def test_simple_loss_is_the_mean_squared_error_of_what_is_predicted():
@@ -277,8 +291,8 @@ def trained_gaussian():
 
 def test_the_optimal_variance_is_that_of_the_true_reverse_step(trained_gaussian):
     variances, _, _ = closed_form(trained_gaussian.alpha_bar)
-    close(trained_gaussian.variance[1:], variances["optimal"], rtol=0.0125)  # five standard errors of mse
-    ratio = trained_gaussian.variance[1:] / variances["optimal"]
+    close(trained_gaussian.variance[2:], variances["optimal"][1:], rtol=0.0125)  # five standard errors of mse
+    ratio = trained_gaussian.variance[2:] / variances["optimal"][1:]
     assert abs(ratio.mean() - 1) < 1e-3  # the steps' errors are independent: five of 0.25 % / √200
 
 
@@ -351,11 +365,11 @@ def test_ddim_is_deterministic_given_x_T(monkeypatch):
 def test_respaced_chain_is_the_chain_at_the_picked_times():
     model, seen = spied("beta", T=100)
     model.mse[1:] = torch.rand(100)
-    model.decoder_variance.fill_(0.25)
+    model.decoder_sigma.fill_(0.25)
     for K in range(1, 101):
         assert (model.respace(K).tau.diff() >= 1).all()
     chain = model.respace(7)
-    assert chain.T == 7 and chain.tau[[0, -1]].tolist() == [0, 100] and chain.decoder_variance == 0
+    assert chain.T == 7 and chain.tau[[0, -1]].tolist() == [0, 100] and (chain.decoder_sigma == 0).all()
     close(chain.alpha_bar, torch.tensor(linear(100)[1], dtype=F64)[chain.tau])
     close(chain.mse, model.mse[chain.tau])
     x0, eps, t = torch.randn(3, *TINY, dtype=F64), torch.randn(3, *TINY, dtype=F64), torch.tensor([1, 4, 7])
@@ -363,7 +377,7 @@ def test_respaced_chain_is_the_chain_at_the_picked_times():
     close(xt, model.q_sample(x0, chain.tau[t], eps))
     close(chain.predict_x0(xt, t), model.predict_x0(xt, chain.tau[t]))
     whole = model.respace(100)
-    assert whole.decoder_variance == 0.25
+    assert (whole.decoder_sigma == 0.25).all()
     for name in "beta", "alpha_bar", "beta_tilde", "variance", "mse":
         close(getattr(whole, name), getattr(model, name))
     close(whole.p_mean_variance(xt, t)[0], model.p_mean_variance(xt, t)[0])
