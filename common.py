@@ -297,7 +297,8 @@ def plot_latent(mu, labels, path, title):
     figure = Figure(figsize=(6, 5.5), dpi=130, layout="constrained")
     axes = figure.subplots()
     for digit in range(10):
-        axes.scatter(*mu[labels == digit].numpy().T, s=3, alpha=0.6, linewidth=0, color=f"C{digit}", label=digit)
+        points = mu[labels == digit].numpy()
+        axes.scatter(*points.T, s=3, alpha=0.6, linewidth=0, color=f"C{digit}", label=digit)
     for radius in 1, 2:
         axes.add_patch(Circle((0, 0), radius, fill=False, color="black", alpha=0.4, linewidth=0.8))
     axes.set(title=title, xlabel="$z_1$", ylabel="$z_2$", aspect="equal")
@@ -397,9 +398,9 @@ class Run:
     reports. parts: all that has a state_dict, by name, "model" among them. A training loop reads
 
         for epoch in run.epochs():
-            for done, batch in run.batches():
+            for progress, batch in run.batches():
                 ...
-                run.report(loss)
+                run.log(loss)
             run.end_epoch(test_loss=...)
     """
 
@@ -499,7 +500,7 @@ class Run:
         lr = self.settings["lr"]
         raise InputError(f"{what} of epoch {self.epoch + 1} with --lr {lr}: lower it; {kept}")
 
-    def report(self, *values):
+    def log(self, *values):
         """This step's terms, scalars on the device; they are kept there, so that no step waits for them."""
         self.values[self.step] = torch.stack([value.detach() for value in values])
 
@@ -584,7 +585,8 @@ def arguments(doc, examples, epochs, batch_size, lr):
     add("--out", metavar="DIR", default="results", help="folder for checkpoints and pictures")
     add("--epochs", metavar="N", type=number(int, 1, 100000), default=epochs,
         help="passes over the training images" + " (default: by the device)" * (epochs is None))
-    add("--batch-size", metavar="N", type=number(int, 1, 60000), default=batch_size, help="images per step")
+    add("--batch-size", metavar="N", type=number(int, 1, 60000), default=batch_size,
+        help="images per step" + " (default: by the device)" * (batch_size is None))
     add("--lr", metavar="X", type=number(float, 1e-8, 1), default=lr, help="Adam's learning rate")
     add("--seed", metavar="N", type=number(int, 0, 2**32 - 1), default=0, help="of all random numbers")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N; auto is cuda where there is one")

@@ -240,8 +240,7 @@ def figure_reparameterization(model, x, labels, path, data):
     z = mu[:, None] + (0.5 * logvar).exp()[:, None] * eps  # (N, 60, latent_dim): KW (10)
     images = model.decode(z[:, :3]).cpu()
     figure = Figure(figsize=(11, 4.2), dpi=130)
-    dimensions = f"2 of {model.latent_dim} latent dimensions"
-    figure.suptitle(f"The reparameterization trick, {dimensions}: VAE trained on {data}", y=1.02)
+    figure.suptitle(f"The reparameterization trick in the latent space of the VAE, {data}", y=1.02)
     spans = ((0.05, 0.25), (0.4, 0.27), (0.74, 0.23))  # from, width: the gaps hold the arrows and their words
     left, middle, right = (figure.add_axes((start, 0.14, width, 0.7)) for start, width in spans)
     left.scatter(*eps[:, :2].cpu().numpy().T, s=8, color="gray")

@@ -1,4 +1,4 @@
-"""A denoising diffusion model on MNIST, in the order of the paper: math, network, training, sampling.
+"""A denoising diffusion model on MNIST, in the order of the paper: math with its sampler, network, training.
 
 Ho, Jain & Abbeel 2020, "Denoising Diffusion Probabilistic Models" (arXiv:2006.11239), is Ho in the comments;
 report is the course report whose experiment this redoes (see README.md).  q adds noise to an image x_0 in T
@@ -105,15 +105,15 @@ class DDPM(nn.Module):
         self.net, self.predict, self.sigma, self.clip, self.shape = net, predict, sigma, clip, shape
         alpha_bar = make_alpha_bar(schedule, T) if isinstance(schedule, str) else schedule.double()
         self.T = len(alpha_bar) - 1
-        before = torch.cat([alpha_bar[:1], alpha_bar[:-1]])  # ᾱ_{t-1}
-        alpha = alpha_bar / before
+        alpha_bar_prev = torch.cat([alpha_bar[:1], alpha_bar[:-1]])  # ᾱ_{t-1}; entry 0 is never used
+        alpha = alpha_bar / alpha_bar_prev
         beta = 1 - alpha
-        noise = (1 - alpha_bar).clamp(min=1e-300)  # 1 - ᾱ_t, without 0/0 in entry 0
+        one_minus = (1 - alpha_bar).clamp(min=1e-300)  # 1 - ᾱ_t, without 0/0 in entry 0
         tables = dict(
-            alpha_bar=alpha_bar, alpha=alpha, beta=beta,
-            beta_tilde=(1 - before) / noise * beta,  # β̃_t   Ho (7)
-            c_x0=before.sqrt() * beta / noise,  # μ̃_t = c_x0 x_0 + c_xt x_t   Ho (7)
-            c_xt=alpha.sqrt() * (1 - before) / noise)
+            alpha_bar=alpha_bar, alpha_bar_prev=alpha_bar_prev, alpha=alpha, beta=beta,
+            beta_tilde=(1 - alpha_bar_prev) / one_minus * beta,  # β̃_t   Ho (7)
+            c_x0=alpha_bar_prev.sqrt() * beta / one_minus,  # μ̃_t = c_x0 x_0 + c_xt x_t   Ho (7)
+            c_xt=alpha.sqrt() * (1 - alpha_bar_prev) / one_minus)
         for name, table in tables.items():
             self.register_buffer(name, table, persistent=False)
         # what only a trained network tells: E‖x_0 - x̂_0(x_t, t)‖² per pixel for each t, and L_0's two scales
@@ -131,7 +131,7 @@ class DDPM(nn.Module):
         mean = at(self.c_x0, t, xt) * x0 + at(self.c_xt, t, xt) * xt  # μ̃_t   Ho (7)
         return mean, at(self.beta_tilde, t, xt)  # β̃_t   Ho (7), report (66)
 
-    # ε, x_0 and μ̃ tell the same once x_t is known.
+    # Given x_t, each of ε, x_0 and μ̃ determines the others.
 
     def x0_from_eps(self, xt, t, eps):
         """x_0 = (x_t - √(1-ᾱ_t) ε) / √ᾱ_t"""
@@ -145,7 +145,7 @@ class DDPM(nn.Module):
     def mu_from_eps(self, xt, t, eps):
         """μ̃_t = (x_t - β_t/√(1-ᾱ_t) ε) / √α_t"""
         scale = self.beta / (1 - self.alpha_bar).clamp(min=1e-300).sqrt()
-        return (xt - at(scale, t, xt) * eps) / at(self.alpha.sqrt(), t, xt)  # Ho (11), report (68)
+        return (xt - at(scale, t, xt) * eps) / at(self.alpha.sqrt(), t, xt)  # Ho (10) and (11), report (68)
 
     def x0_from_mu(self, xt, t, mu):
         """Ho (7) solved for x_0.  The way back, x_0 -> μ̃, is q_posterior."""
@@ -164,10 +164,10 @@ class DDPM(nn.Module):
     def variance(self):
         """σ_t² of p(x_{t-1}|x_t), (T+1,).
 
-        "beta" is the upper and "posterior" the lower end of what is right (Ho, section 3.2).  "optimal" needs
+        "beta" is an upper and "posterior" a lower bound of the best one (Ho, section 3.2).  "optimal" needs
         no training: with the mean given, the variance that makes the expected KL smallest is that of q plus
         the mean's squared error (Bao et al. 2022), and the means differ by c_x0 (x_0 - x̂_0).  Before
-        estimate_mse it equals "posterior".  β̃_1 = 0 would be no decoder: there β̃_2 stands instead.
+        estimate_mse it equals "posterior".  β̃_1 = 0 cannot be a decoder's: β̃_2 is used at t = 1.
         """
         if self.sigma == "beta":
             return self.beta
@@ -198,7 +198,7 @@ class DDPM(nn.Module):
         """A draw of the training loss: x0 (B, C, H, W) -> scalar.
 
         simple: the mean squared error per pixel of what the network predicts.  Ho (14), report (74)
-        vlb: the bound itself, L_{t-1} at a random t times T, in bits/dim.  Ho (5) and (12), report (73)
+        vlb: the bound without its constant L_T: T L_{t-1} at a random t, in bits/dim.  Ho (5), report (73)
         t (B,) and eps, like x0, are drawn unless given.
         """
         if t is None:
@@ -208,10 +208,11 @@ class DDPM(nn.Module):
         if weighting == "simple":
             target = {"eps": eps, "x0": x0}.get(self.predict)
             target = self.q_posterior(x0, xt, t)[0] if target is None else target
-            return F.mse_loss(self.net(xt, t).to(xt.dtype), target)  # Ho (14)
+            return F.mse_loss(self.net(xt, t).to(xt.dtype), target)  # Ho (14), per pixel
         x0_hat = self.predict_x0(xt, t, clip=False)  # a clipped pixel would have no gradient
         error = (x0 - x0_hat).pow(2).flatten(1).sum(1)  # (B,)
-        mean = torch.where((t == 1).view(-1, 1, 1, 1), x0_hat, x0)  # elsewhere L_0 is not used: keep it tame
+        # where t > 1, L_0 is not used; x0 for its mean keeps its gradient from being nan
+        mean = torch.where((t == 1).view(-1, 1, 1, 1), x0_hat, x0)
         L_0 = -log_discretized_normal(x0, mean, self.decoder_scale(mean))
         dim = x0[0].numel()
         L = torch.where(t == 1, L_0, self.kl(error, t, dim))  # (B,) nats
@@ -224,8 +225,8 @@ class DDPM(nn.Module):
         Ho (8), report (69)
         """
         ratio = (self.beta_tilde / self.variance)[t]
-        means = self.c_x0[t] ** 2 * error  # ‖μ̃_t - μ_θ‖²
-        return 0.5 * (dim * (ratio - 1 - ratio.log()) + means / self.variance[t])  # Ho (8)
+        gap = self.c_x0[t] ** 2 * error  # ‖μ̃_t - μ_θ‖²
+        return 0.5 * (dim * (ratio - 1 - ratio.log()) + gap / self.variance[t])  # Ho (8) and its constant
 
     @torch.no_grad()
     def x0_errors(self, x0):
@@ -253,11 +254,12 @@ class DDPM(nn.Module):
         one = torch.ones(len(x0), dtype=torch.int64, device=x0.device)
         x0_hat = self.predict_x0(self.q_sample(x0, one, torch.randn_like(x0)), one)  # p's mean at t = 1
         L_0 = -log_discretized_normal(x0, x0_hat, self.decoder_scale(x0_hat))  # Ho (13)
-        L_t = self.kl(errors[:, 2:], torch.arange(2, self.T + 1, device=x0.device), x0[0].numel())  # Ho (8)
+        t = torch.arange(2, self.T + 1, device=x0.device)
+        L_between = self.kl(errors[:, 2:], t, x0[0].numel())  # Ho (8)
         a = self.alpha_bar[-1]
         # KL(q(x_T|x_0) || N(0, I)) with q's mean √ᾱ_T x_0 and variance 1-ᾱ_T
         L_T = 0.5 * (a * x0.double() ** 2 - a - torch.log1p(-a)).flatten(1).sum(1)
-        return torch.cat([L_0[:, None], L_t, L_T[:, None]], dim=1)
+        return torch.cat([L_0[:, None], L_between, L_T[:, None]], dim=1)
 
     def estimate_mse(self, x0):
         """Fills in mse, on which the "optimal" variance rests, from training images x0 (B, C, H, W)."""
@@ -267,8 +269,8 @@ class DDPM(nn.Module):
     def fit_decoder(self, x0):
         """Sets L_0's two scales to the values under which training images x0 are likeliest.
 
-        Each of 49 from 0.001 to 1.  σ_1 = √β_1 = 0.01 gives a pixel that is surely black only a probability
-        of Φ(0.39) = 0.65 of being so, which costs 0.6 bits for most pixels of the image.
+        It tries 49 values for each, from 0.001 to 1.  σ_1 = √β_1 = 0.01 gives a pixel that is surely black
+        only a probability of Φ(0.39) = 0.65 of being so, which costs 0.6 bits for most pixels of the image.
         """
         t = torch.ones(len(x0), dtype=torch.int64, device=x0.device)
         x0_hat = self.predict_x0(self.q_sample(x0, t, torch.randn_like(x0)), t)
@@ -298,21 +300,28 @@ class DDPM(nn.Module):
             chain.decoder_sigma.copy_(self.decoder_sigma)
         return chain
 
+    def ddim_mean(self, x0, xt, t, eta):
+        """√ᾱ_{t-1} x̂_0 + √(1-ᾱ_{t-1}-η²β̃_t) ε̂: with noise of variance η²β̃_t it is q(x_{t-1}|x_0) again.
+
+        For η = 1 it is μ̃_t, for η = 0 there is no noise at all.  Song et al. 2021 (12)
+        """
+        spread = (1 - self.alpha_bar_prev - eta ** 2 * self.beta_tilde).clamp(min=0)
+        eps = self.eps_from_x0(xt, t, x0)
+        return at(self.alpha_bar_prev.sqrt(), t, xt) * x0 + at(spread.sqrt(), t, xt) * eps
+
     @torch.no_grad()
     def trajectory(self, n, eta=1.0):
         """Yields (t, x_t, x̂_0) for t = T ... 1, last (0, x_0, x_0): (n, C, H, W) on the scale [-1, 1]."""
         xt = torch.randn(n, *self.shape, device=self.beta.device)  # Ho, Algorithm 2, line 1
-        variance, before = self.variance, self.alpha_bar.roll(1)  # σ_t², ᾱ_{t-1}
-        spread = (1 - before - eta ** 2 * self.beta_tilde).clamp(min=0)
+        variance = self.variance
         for s in range(self.T, 0, -1):  # line 2
             t = torch.full((n,), s, device=xt.device)
             x0 = self.predict_x0(xt, t)
             yield s, xt, x0
-            # The mean is √ᾱ_{t-1} x̂_0 + √(1-ᾱ_{t-1}-η²β̃_t) ε̂: for η = 1 that is μ_θ of Ho (11),
-            # for smaller η DDIM's, which reaches the same q(x_{t-1}|x_0) with less noise, exactly so for
-            # σ_t² = β̃_t.  Song et al. 2021 (12)
-            eps = self.eps_from_x0(xt, t, x0)
-            mean = at(before.sqrt(), t, xt) * x0 + at(spread.sqrt(), t, xt) * eps
+            if eta == 1:
+                mean, _ = self.q_posterior(x0, xt, t)  # μ_θ: μ̃_t with x̂_0 for x_0   Ho (7) and (11)
+            else:
+                mean = self.ddim_mean(x0, xt, t, eta)
             z = torch.randn_like(xt) if s > 1 else torch.zeros_like(xt)  # line 3
             xt = mean + eta * at(variance.sqrt(), t, xt) * z  # line 4
         yield 0, xt, xt
@@ -331,7 +340,7 @@ class DDPM(nn.Module):
 # The network.
 
 class Block(nn.Module):
-    """Two convolutions, told of t in between, added to the input: (B, cin, H, W) -> (B, cout, H, W)."""
+    """Two convolutions with t between them, added to the input: (B, cin, H, W) -> (B, cout, H, W)."""
 
     def __init__(self, cin, cout, embed):
         super().__init__()
@@ -434,9 +443,10 @@ def make_optimizers(net, kind, lr):
 
 
 def train(args, device):
-    """Minimizes the loss and keeps an exponential moving average of the weights, with which one samples.
+    """Minimizes the loss and keeps an exponential moving average of the weights, which is used for sampling.
 
-    OUT/ddpm.pt is the checkpoint.  Returns the averaged model and where the run stands.
+    common.Run shuffles the images, keeps OUT/ddpm.pt after each epoch and at Ctrl-C, takes it up again, and
+    stops where the loss is not finite.  Returns the averaged model and the run.
     """
     torch.manual_seed(args.seed)
     x_train, x_test = common.load_data(args.data, args.data_dir, device)  # uint8 (N, 1, 28, 28)
@@ -447,13 +457,13 @@ def train(args, device):
     rates = [optimizer.defaults["lr"] for optimizer in optimizers]
     run = common.Run(Path(args.out) / "ddpm.pt", args, SETTINGS, len(x_train), ["train_loss"], device,
                      model=model, ema=ema, **{type(o).__name__.lower(): o for o in optimizers})
-    average = 1 - 20 / (20 + run.steps * args.epochs)  # over about the last twentieth of the run
+    ema_decay = 1 - 20 / (20 + run.steps * args.epochs)  # averages over about the last twentieth of the run
 
     for epoch in run.epochs():
-        for done, batch in run.batches():
-            for optimizer, rate in zip(optimizers, rates):  # warm-up over 1/50 of the run, cosine decay to 0
-                decay = min(1, 50 * done) * 0.5 * (1 + math.cos(math.pi * done))
-                optimizer.param_groups[0]["lr"] = rate * decay
+        for progress, batch in run.batches():  # progress: share of the whole run, 0 ... 1
+            for optimizer, lr in zip(optimizers, rates):  # warm-up over 1/50 of the run, cosine decay to 0
+                factor = min(1, 50 * progress) * 0.5 * (1 + math.cos(math.pi * progress))
+                optimizer.param_groups[0]["lr"] = lr * factor
             x0 = to_model(x_train[batch] / 255)  # (B, 1, 28, 28) in [-1, 1]
             with common.autocast(device):
                 loss = model.loss(x0, weighting=args.loss)
@@ -462,9 +472,9 @@ def train(args, device):
             loss.backward()
             for optimizer in optimizers:
                 optimizer.step()
-            for p, q in zip(ema.parameters(), model.parameters()):
-                p.lerp_(q.detach(), 1 - average)
-            run.report(loss)
+            for averaged, weight in zip(ema.parameters(), model.parameters()):
+                averaged.lerp_(weight.detach(), 1 - ema_decay)
+            run.log(loss)
         run.end_epoch(test_loss=evaluate(ema, x_test[::5], args))
         if epoch % math.ceil(args.epochs / 10) == 0:  # the same noise each time: one sees it learn
             with common.own_randomness(args.seed, device), common.autocast(device):
@@ -535,15 +545,16 @@ def build(settings):
 
 
 def parse(argv):
-    parser = common.arguments(__doc__, EXAMPLES, epochs=None, batch_size=128, lr=1e-3)
+    parser = common.arguments(__doc__, EXAMPLES, epochs=None, batch_size=None, lr=1e-3)
     add, number = parser.add_argument, common.number
     add("--T", metavar="N", type=number(int, 2, 10000), default=1000, help="steps of the chain")
     add("--schedule", choices=["linear", "cosine", "logsnr"], default="linear", help="of the noise")
     add("--predict", choices=["eps", "x0", "mu"], default="eps", help="what the network's output stands for")
     add("--fourier", action="store_true", help="show the network its input's sines too: for likelihood")
     add("--loss", choices=["simple", "vlb"], default="simple", help="Ho's L_simple, or the bound itself")
-    add("--sigma", choices=["beta", "posterior", "optimal"], default="posterior",
-        help="σ² of the reverse steps: β, β̃, which is better in few steps, or fitted to the network")
+    add("--sigma", choices=["beta", "posterior", "optimal"],
+        help="σ² of the reverse steps: β, β̃, which is better in few steps, or fitted to the network "
+             "(default: posterior; with --sample the checkpoint's)")
     add("--optimizer", choices=["muon", "adam"], default="muon",
         help="of the convolutions; all else is trained by Adam")
     add("--sample", metavar="N", type=number(int, 1, 10000),
@@ -563,6 +574,7 @@ def main(argv=None):
     if args.steps > T:
         raise common.InputError(f"--steps {args.steps} is more than the chain's T = {T}")
     if model:
+        model.sigma = args.sigma or model.sigma
         torch.manual_seed(args.seed)
         with common.autocast(device):
             x = model.sample(args.sample, args.steps, args.eta)
@@ -570,7 +582,10 @@ def main(argv=None):
         common.plot_grid(x, out / "ddpm_sample.png", f"DDPM, {data}: {args.steps} steps, eta {args.eta:g}")
         return common.farewell("ddpm", out, ["ddpm_sample.png"], model.settings["data"])
     args.data, args.out = common.find_data(args.data, args.data_dir), common.output_folder(out)
+    args.sigma = args.sigma or "posterior"
     args.epochs = args.epochs or (100 if device.type == "cuda" else 6 if common.has_bfloat16(device) else 3)
+    # a short run learns more from twice the steps of half the size; a GPU would wait for its own launches
+    args.batch_size = args.batch_size or (128 if device.type == "cuda" else 64)
     model, run = train(args, device)
     torch.manual_seed(args.seed)
     with common.autocast(device):

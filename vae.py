@@ -1,4 +1,4 @@
-"""A variational autoencoder on MNIST, in the order of the paper: bound, network, training, sampling.
+"""A variational autoencoder on MNIST, in the order of the paper: bound, model, training, pictures.
 
 Kingma & Welling 2014, "Auto-Encoding Variational Bayes" (arXiv:1312.6114), is KW in the comments; report
 is the course report whose experiment this redoes (see README.md).  x is an image, z its latent; the
@@ -129,7 +129,10 @@ class VAE(nn.Module):
         return self.log_likelihood(x, z, sigma) + log_prior - log_normal(z, mu, logvar)
 
     def elbo_a(self, x, samples=1, sigma=None):
-        """The bound by estimator A, which draws the KL too: x -> (B,) nats.  As B on average, but noisier."""
+        """The bound by estimator A, which draws the KL too: x -> (B,) nats.
+
+        On average it is B, but noisier; training uses B.
+        """
         return self.log_weights(x, samples, sigma).mean(0)  # KW (6), report (20)
 
     def importance_bound(self, x, samples, sigma=None):
@@ -150,7 +153,7 @@ class VAE(nn.Module):
 
     @torch.no_grad()
     def sample(self, n):
-        """n mean images (n, 1, 28, 28) in [0, 1] of z from the prior.  Report, end of section 2.4"""
+        """n images (n, 1, 28, 28) in [0, 1]: means of p(x|z) for z from the prior.  Report, section 2.4"""
         z = torch.randn(n, self.latent_dim, device=next(self.parameters()).device)
         return self.decode(z)
 
@@ -161,7 +164,11 @@ SETTINGS = ["latent_dim", "likelihood", "kl_weight", "data", "limit", "epochs", 
 
 
 def train(args, device):
-    """Maximizes the ELBO by Adam, with OUT/vae.pt as checkpoint.  Returns the model and the common.Run."""
+    """Maximizes the ELBO by Adam.  Returns the model and the run.
+
+    common.Run shuffles the images, keeps OUT/vae.pt after each epoch and at Ctrl-C, takes it up again, and
+    stops where the loss is not finite.
+    """
     torch.manual_seed(args.seed)
     x_train, x_test = common.load_data(args.data, args.data_dir, device)  # uint8 (N, 1, 28, 28)
     x_train = x_train[:args.limit]
@@ -172,9 +179,9 @@ def train(args, device):
                      model=model, optimizer=optimizer)
 
     for _ in run.epochs():
-        for done, batch in run.batches():
+        for progress, batch in run.batches():  # progress: share of the whole run, 0 ... 1
             for group in optimizer.param_groups:
-                group["lr"] = args.lr * 0.5 * (1 + math.cos(math.pi * done))  # cosine decay to 0
+                group["lr"] = args.lr * 0.5 * (1 + math.cos(math.pi * progress))  # cosine decay to 0
             x = x_train[batch] / 255  # (B, 1, 28, 28) in [0, 1]
             with common.autocast(device):
                 reconstruction, kl = model.elbo_terms(x)  # (B,) nats each
@@ -182,7 +189,7 @@ def train(args, device):
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            run.report(reconstruction.mean(), kl.mean())
+            run.log(reconstruction.mean(), kl.mean())
         reconstruction, kl = evaluate(model, x_test, args.seed)
         run.end_epoch(test_reconstruction=reconstruction, test_kl=kl)
     return model.eval(), run
@@ -191,12 +198,12 @@ def train(args, device):
 @torch.no_grad()
 def evaluate(model, images, seed):
     """The two terms of the ELBO in nats per image, averaged over all images, uint8 (N, 1, 28, 28)."""
-    with common.own_randomness(seed, images.device):  # training goes on with the numbers it would have had
+    with common.own_randomness(seed, images.device):  # the training's random numbers are left alone
         terms = [torch.stack(model.elbo_terms(batch / 255)) for batch in images.split(1000)]
     return torch.cat(terms, dim=1).double().mean(1).tolist()
 
 
-# Sampling and pictures.
+# Pictures.
 
 @torch.no_grad()
 def draw(model, run, args, device):

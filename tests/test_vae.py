@@ -335,7 +335,7 @@ def test_epoch_means_weigh_images_not_batches(tmp_path):
     run = common.Run(tmp_path / "vae.pt", args, ["data", "lr"], 5, ["a", "b"], torch.device("cpu"), model=model)
     for _ in run.epochs():
         for (_, batch), value in zip(run.batches(), [1.0, 2.0, 6.0]):
-            run.report(torch.tensor(value), torch.tensor(-value))
+            run.log(torch.tensor(value), torch.tensor(-value))
         run.end_epoch(more=3)
     assert run.history[0]["a"] == (2 * 1 + 2 * 2 + 6) / 5 == -run.history[0]["b"]
     assert run.history[0]["more"] == 3
