@@ -164,6 +164,18 @@ def test_sigma_tables():
             DDPM(None, **wrong)
 
 
+def test_the_vlb_loss_reaches_pixels_that_sampling_would_clip():
+    x0, eps = levels(2, *TINY).requires_grad_(), torch.randn(2, *TINY, dtype=F64)
+    for t in (1, 500, 1000):
+        gradients = []
+        for clip in (True, False):
+            out = (5 + eps).requires_grad_()  # far outside [-1, 1]
+            loss = fake(out, predict="x0", clip=clip).loss(x0.detach(), torch.tensor([t, t]), eps, "vlb")
+            gradients.append(torch.autograd.grad(loss, out)[0])
+        close(*gradients)
+        assert (gradients[0] != 0).all()
+
+
 def test_the_decoder_has_two_fitted_scales():
     """Gray pixels are off by 0.1, black ones by nothing: each finds its own scale, on images that it is shown."""
     x0 = torch.where(torch.rand(40, *TINY) < 0.5, -1.0, torch.rand(40, *TINY) - 0.5)
@@ -573,3 +585,16 @@ def test_ddim_agrees_with_diffusers():
             close(ours, xt, rtol=1e-3, atol=1e-3)
         if s:
             xt = scheduler.step(model.net(ours, torch.full((3,), s)), s - 1, ours, eta=0.0).prev_sample
+
+
+def test_fourier_features_show_noise_below_a_gray_level():
+    """A step of a hundredth of a level must change the features far more than it changes the pixel."""
+    net = ddpm.UNet(fourier=True)
+    seen = []
+    net.enter.register_forward_hook(lambda module, args, out: seen.append(args[0]))
+    x, t = torch.zeros(1, 1, 28, 28), torch.ones(1, dtype=torch.int64)
+    assert net(x, t).shape == x.shape and net(x + 0.01 * 2 / 255, t).shape == x.shape
+    step = (seen[1] - seen[0]).abs()[0, :, 0, 0].view(5, 4).amax(1)  # of the pixel and of its four waves
+    assert step[0] < 1e-4 and step.max() > 0.05
+    settings = {"T": 10, "schedule": "logsnr", "predict": "eps", "sigma": "beta", "fourier": True}
+    assert ddpm.build(settings).net.fourier
