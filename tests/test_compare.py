@@ -348,6 +348,17 @@ def test_a_claim_is_decided_by_two_standard_errors(claim, path, values):
     assert all(other == "cannot tell" for v in verdicts for i, other in enumerate(v[:3]) if i != claim)
 
 
+def test_fidelity_is_undecided_where_its_two_measures_disagree():
+    assert outcome("vae/samples/frechet", 50.0)[0] == "holds"
+    samples = {"n": 1000, "frechet": 10.0, "frechet_error": 1.0, "degenerate": 0.1, "degenerate_error": 0.01,
+               "precision": 0.8, "recall": 0.5, "class_distance": 0.1, "class_p": 0.1}
+    training = {"seconds_per_epoch": 1.0}
+    vae_samples = samples | {"frechet": 50.0, "precision": 0.9}
+    results = {"vae": {"samples": vae_samples, "training": training}, "real": samples,
+               "ddpm": {"samples": samples, "training": training}}
+    assert compare.claims(results)[0][2] == "cannot tell"
+
+
 def test_the_claim_about_time():
     verdicts = [outcome("ddpm/training/seconds_per_epoch", seconds)[3] for seconds in (0.9, 4)]
     assert verdicts == ["does not hold", "holds"]
