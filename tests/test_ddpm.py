@@ -173,7 +173,7 @@ def test_the_vlb_loss_reaches_pixels_that_sampling_would_clip():
             loss = fake(out, predict="x0", clip=clip).loss(x0.detach(), torch.tensor([t, t]), eps, "vlb")
             gradients.append(torch.autograd.grad(loss, out)[0])
         close(*gradients)
-        assert (gradients[0] != 0).all()
+        assert t == 1 or (gradients[0] != 0).all()  # at t = 1 a white pixel may be guessed as bright as one likes
 
 
 def test_the_decoder_has_two_fitted_scales():
