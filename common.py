@@ -153,7 +153,7 @@ def load_labels(name, root, device):
 # matplotlib brings these along, so every machine draws the same digits. Left out: DejaVu Sans Mono, whose
 # zero has a dot in it and reads as an eight.
 FONTS = """DejaVuSans DejaVuSans-Bold DejaVuSans-Oblique DejaVuSerif DejaVuSerif-Italic
-    STIXGeneral STIXGeneralItalic cmb10 cmr10 cmss10 cmti10 cmtt10""".split()
+    STIXGeneral STIXGeneralItalic cmb10 cmr10 cmss10 cmtt10""".split()
 
 
 @functools.lru_cache
