@@ -1,9 +1,10 @@
 """The comparison of the course report, measured: trains or loads a VAE and a DDPM, draws and measures both.
 
-Writes into OUT: report.md (the table and the figures, readable on its own), results.json (all numbers), the
-figures, and what vae.py and ddpm.py write.  A model that has a finished checkpoint in OUT is loaded, not
-trained.  On a CPU both are trained for fewer epochs than the report's 100, and fewer samples are measured;
-the log says so.
+Writes into OUT: report.md (the verdicts, the tables and the figures, readable on its own), results.json (all
+numbers), the figures, and what vae.py and ddpm.py write.  A model that has a finished checkpoint in OUT is
+loaded, not trained.  Beside the two, in folders of OUT: a VAE with 20 latent numbers, an autoencoder, and a
+DDPM trained by the report's own optimizer.  On a CPU all are trained for fewer epochs than the report's 100,
+and fewer images are measured (SIZES); the log says so.
 """
 import datetime
 import json
@@ -26,11 +27,18 @@ import vae
 EXAMPLES = """\
   python compare.py                                  everything, with the defaults of vae.py and ddpm.py
   python compare.py --limit 2000 --epochs 1 --out quick   a quick look
+  python compare.py --seeds 3 --out seeds            three trained pairs, for the spread between trainings
   python ddpm.py --epochs 20 && python compare.py    with a DDPM that was trained for longer"""
 
-# The course report's own statements, for the table's last column: an RTX 3090, 100 epochs of each.
+# The course report's own statements, for the tables' last column: an RTX 3090, 100 epochs of each.
 REPORT = {"vae": {"minutes": 45}, "ddpm": {"minutes": 180}}
 DIM = 28 * 28
+
+# How many images each measurement takes: where there is a GPU, and where minutes count.
+SIZES = {
+    "cuda": {"samples": 10000, "batch": 1000, "bound": 10000, "curve": 2000, "steps": 2000, "encoded": 1000},
+    "cpu": {"samples": 1000, "batch": 250, "bound": 64, "curve": 500, "steps": 250, "encoded": 100}}
+STEPS = (5, 10, 20, 50, 100, 1000)  # network evaluations for a sample, in the figure of sampling's cost
 
 
 def bits(nats):
@@ -100,54 +108,68 @@ def look(classifier, x):
 def frechet(a, b):
     """Fréchet distance of the normals fitted to features (n, d), (m, d): |Δμ|² + tr(A + B - 2√(AB)).
 
-    Heusel et al. 2017 (6), on this classifier's features: comparable only within one run.
+    Heusel et al. 2017 (6), on this classifier's features: comparable only within one run, at one n.
     """
-    A, B = torch.cov(a.T), torch.cov(b.T)
-    root = torch.linalg.eigvals(A @ B).real.clamp(min=0).sqrt().sum()  # tr √(AB)
-    return ((a.mean(0) - b.mean(0)).square().sum() + A.trace() + B.trace() - 2 * root).item()
+    A, B = torch.cov(a.T).cpu(), torch.cov(b.T).cpu()
+    values, vectors = torch.linalg.eigh(A)
+    root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T  # √A
+    overlap = torch.linalg.eigvalsh(root @ B @ root).clamp(min=0).sqrt().sum()  # tr √(AB)
+    return ((a.mean(0) - b.mean(0)).square().sum().cpu() + A.trace() + B.trace() - 2 * overlap).item()
 
 
 def precision_recall(real, fake, k=3):
-    """Shares of fake within real's manifold and of real within fake's; features (n, d), (m, d).
+    """Which of fake lie within real's manifold, which of real within fake's: 0 or 1, (n,) and (m,).
 
-    A manifold is the union of balls around its points, each reaching to its k-th neighbour.
-    Kynkäänniemi et al. 2019 (1) and (2)
+    Their means are precision and recall; features (m, d), (n, d).  A manifold is the union of balls around
+    its points, each reaching to its k-th neighbour.  Kynkäänniemi et al. 2019 (1) and (2)
     """
     def within(points, manifold):
         radius = torch.cdist(manifold, manifold).kthvalue(k + 1).values  # the nearest is the point itself
-        return (torch.cdist(points, manifold) <= radius).any(1).double().mean().item()
+        return (torch.cdist(points, manifold) <= radius).any(1).double()
     return within(fake, real), within(real, fake)
 
 
-def nearest_distance(x, flat):
-    """From each image of x (n, 1, 28, 28) the Euclidean distance to the nearest of flat (m, 784): (n,)."""
-    return torch.cat([torch.cdist(batch.flatten(1), flat).amin(1) for batch in x.split(1000)])
+def nearest(x, flat):
+    """Euclidean distance from each image of x (n, 1, 28, 28) to the nearest of flat (m, 784), and which."""
+    least = [torch.cdist(batch.flatten(1), flat).min(1) for batch in x.split(1000)]
+    return torch.cat([each.values for each in least]), torch.cat([each.indices for each in least])
 
 
 def measure_samples(classifier, x, real, train, seed):
-    """What the classifier says of images x (n, 1, 28, 28): a dict of numbers.
+    """What the yardstick says of images x (n, 1, 28, 28) in [0, 1]: a dict of numbers.
 
-    real: features of the test digits; train: flattened training images and their labels' counts.
+    real: features of the test digits.  train: "x", the training images, flat; "shares" of their labels;
+    "close", the distance to the nearest training image that only 1 % of the test digits fall below.
+    Each KEY has a KEY_error: its standard deviation over 20 resamples of the images.
     """
     features, probabilities = look(classifier, x)
+    inside, covered = precision_recall(real[:len(x)], features)
+    distance, _ = nearest(x, train["x"])
+    classes, unsure = probabilities.argmax(1), (probabilities.amax(1) < 0.9).double()
+    expected = train["shares"] * len(x)  # of each class
+
+    def counts(i):
+        return torch.bincount(classes[i], minlength=10).double().cpu()
+
+    def numbers(i, j):  # i of x, j of as many test digits
+        return {"frechet": frechet(features[i], real),
+                "precision": inside[i].mean().item(), "recall": covered[j].mean().item(),
+                "degenerate": unsure[i].mean().item(),
+                "class_distance": ((counts(i) - expected).abs().sum() / 2 / len(x)).item(),  # total variation
+                "nearest": distance[i].median().item(),
+                "copies": (distance[i] < train["close"]).double().mean().item()}
+
     generator = torch.Generator().manual_seed(seed)
-    again = [features[torch.randint(len(x), (len(x),), generator=generator)] for _ in range(10)]
-    precision, recall = precision_recall(real[:len(x)], features)
-    counts = torch.bincount(probabilities.argmax(1), minlength=10).double().cpu()
-    expected = train["shares"] * len(x)
-    chi2 = ((counts - expected) ** 2 / expected).sum()
-    nearest = nearest_distance(x, train["x"])
-    unsure = (probabilities.amax(1) < 0.9).double()
-    return {
-        "n": len(x),
-        "frechet": frechet(features, real),
-        "frechet_error": torch.tensor([frechet(f, real) for f in again]).std().item(),  # over resamples of x
-        "precision": precision, "recall": recall,
-        "degenerate": unsure.mean().item(), "degenerate_error": (unsure.std() / len(x) ** 0.5).item(),
-        "classes": (counts / len(x)).tolist(),
-        "class_distance": ((counts - expected).abs().sum() / 2 / len(x)).item(),  # total variation
-        "class_p": torch.special.gammaincc(torch.tensor(4.5).double(), chi2 / 2).item(),  # χ², 9 degrees
-        "nearest_training_image": nearest.median().item()}
+    resampled = [numbers(*(torch.randint(len(each), (len(each),), generator=generator).to(x.device)
+                           for each in (x, covered))) for _ in range(20)]
+    every = slice(None)
+    result = numbers(every, every)
+    for key in list(result):
+        result[f"{key}_error"] = torch.tensor([each[key] for each in resampled]).std().item()
+    chi2 = ((counts(every) - expected) ** 2 / expected).sum()
+    return {"n": len(x), **result, "classes": (counts(every) / len(x)).tolist(),
+            "class_p": torch.special.gammaincc(torch.tensor(4.5).double(), chi2 / 2).item(),  # χ², 9 degrees
+            "nearest_histogram": (torch.histc(distance.cpu().clamp(max=11.9), 48, 0, 12) / len(x)).tolist()}
 
 
 # The bound of both models in bits/dim, on the same test images.
@@ -208,26 +230,81 @@ def ddpm_bound(model, x_train, x_test, seed):
 
 # Time.
 
-def seconds_to_sample(sample, device, repeats):
-    """The median of repeats, after one to warm up, with the device's work finished."""
-    times = []
-    for _ in range(repeats + 1):
-        start = time.perf_counter()
-        sample()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        times.append(time.perf_counter() - start)
-    return sorted(times[1:])[repeats // 2]
-
-
-def training_time(path, model):
-    """From a checkpoint: parameters, epochs, seconds, peak memory."""
+def training_run(path, model):
+    """From a checkpoint: parameters, epochs, seconds, peak memory, and the curve of what was watched."""
     saved = common.load(path, path.stem)
-    seconds = saved["history"][-1]["seconds"]
+    history = saved["history"]
     return {"parameters": sum(p.numel() for p in model.parameters()),
             "epochs": saved["epoch"], "batch_size": saved["settings"]["batch_size"],
-            "seconds": seconds, "seconds_per_epoch": seconds / saved["epoch"],
-            "peak_memory_mb": saved["memory"] / 1e6, "final": saved["history"][-1]}
+            "seconds": history[-1]["seconds"], "seconds_per_epoch": history[-1]["seconds"] / saved["epoch"],
+            "peak_memory_mb": saved["memory"] / 1e6, "final": history[-1],
+            "curve": [[row["seconds"], row["frechet"]] for row in history if "frechet" in row]}
+
+
+def evaluations(model, device):
+    """Of the network for one sample, as compare.py draws them: all T only where that takes no minutes."""
+    return 1 if isinstance(model, vae.VAE) else model.T if device.type == "cuda" else min(model.T, 50)
+
+
+def draw_samples(model, n, batch, device, **rule):
+    """n images (n, 1, 28, 28) from a VAE or a DDPM, so many at a time.  rule: a DDPM's steps and eta."""
+    if not rule and isinstance(model, ddpm.DDPM):
+        rule = {"steps": evaluations(model, device)}
+    starts = tqdm(range(0, n, batch), desc="sampling", leave=False, disable=n < 4 * batch)
+    with common.autocast(device):
+        return torch.cat([model.sample(min(batch, n - start), **rule).float() for start in starts])
+
+
+def sampling_time(model, batch, device):
+    """ms per image, for one image and for a batch: medians, after one to warm up, of all work finished."""
+    def took(n, repeats):
+        times = []
+        for _ in range(repeats + 1):
+            start = time.perf_counter()
+            draw_samples(model, n, n, device)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            times.append(time.perf_counter() - start)
+        return 1000 * sorted(times[1:])[repeats // 2] / n
+    return {"evaluations": evaluations(model, device), "large_batch": batch,
+            "ms_batch_1": took(1, 5), "ms_large_batch": took(batch, 1)}
+
+
+def few_steps(model, distance, n, batch, seed, device):
+    """distance(n samples) for each number of network evaluations, ancestral and DDIM: {rule: {K: ...}}.
+
+    The same noise starts every chain.
+    """
+    result = {"ancestral": {}, "DDIM": {}}
+    for rule, eta in (("ancestral", 1.0), ("DDIM", 0.0)):
+        for K in sorted({min(K, model.T) for K in STEPS}):
+            with common.own_randomness(seed, device):
+                result[rule][K] = distance(draw_samples(model, n, batch, device, steps=K, eta=eta))
+    return result
+
+
+# Reconstruction, which a DDPM can do in two ways.
+
+BACK = "DDPM, DDIM to $x_T$ and back"
+
+
+@torch.no_grad()
+def ddpm_reconstructions(model, x, steps):
+    """What the DDPM makes of digits x (N, 1, 28, 28) in [0, 1]: {name: images like x}.
+
+    It encodes to x_T and comes back, both by DDIM; or it adds noise up to t = T/4, T/2, 3T/4 and takes it
+    away again by ancestral sampling.
+    """
+    chain, x0 = model.respace(steps), ddpm.to_model(x)
+    *_, (_, back, _) = chain.trajectory(chain.ddim_encode(x0), eta=0)
+    rows = {BACK: ddpm.to_image(back)}
+    for quarters, name in ((1, "T/4"), (2, "T/2"), (3, "3T/4")):
+        start = max(1, round(chain.T * quarters / 4))
+        t = torch.full((len(x),), start, device=x.device)
+        xt = chain.q_sample(x0, t, torch.randn_like(x0))
+        *_, (_, back, _) = chain.trajectory(xt, start=start)
+        rows[f"DDPM, noise to t = {name} and back"] = ddpm.to_image(back)
+    return rows
 
 
 # The figures.
@@ -352,138 +429,252 @@ def figure_bits(results, path, data):
     figure.savefig(path)
 
 
+def figure_quality(results, path, data):
+    """Fréchet distance over real digits' own: against training time, and against sampling's evaluations."""
+    figure = Figure(figsize=(11, 4.4), dpi=130, layout="constrained")
+    left, right = figure.subplots(1, 2)
+    floors, few = results["floors"], results["few_steps"]
+    for i, (label, curve) in enumerate(results["curves"].items()):
+        if curve:
+            seconds, ratios = zip(*[(each, distance / floors["curve"]) for each, distance in curve])
+            left.plot(seconds, ratios, marker="o", markersize=3, linewidth=1.2, color=f"C{i}", label=label)
+    left.set(xlabel="seconds of training", title=f"Time against quality, {data}, n = {few['n_curve']}")
+    for i, (rule, distances) in enumerate(few["ddpm"].items()):
+        K, ratios = zip(*[(int(each), distance / floors["steps"]) for each, distance in distances.items()])
+        right.plot(K, ratios, marker="o", markersize=4, color=f"C{i + 4}", label=f"DDPM, {rule}")
+    right.plot([1], [few["vae"] / floors["steps"]], "s", color="C0", label="VAE")
+    right.set(xlabel="network evaluations per sample", title=f"Sampling's cost, {data}, n = {few['n']}")
+    for axes in left, right:
+        axes.axhline(1, color="black", linestyle="--", linewidth=0.8, label="real digits")
+        axes.set(xscale="log", yscale="log", ylabel="Fréchet distance / real digits' own")
+        axes.grid(alpha=0.3, which="both")
+        axes.legend(fontsize=8)
+    figure.savefig(path)
+
+
+def figure_diversity(results, path, data):
+    """Predicted classes, and distances to the nearest training image, of the samples and of real digits."""
+    figure = Figure(figsize=(11, 3.8), dpi=130, layout="constrained")
+    left, right = figure.subplots(1, 2)
+    rows = {"test digits": ("gray", results["test"]),
+            "DDPM": ("C0", results["ddpm"]["samples"]), "VAE": ("C1", results["vae"]["samples"])}
+    for i, (label, (color, row)) in enumerate(rows.items()):
+        digits = [digit + 0.27 * (i - 1) for digit in range(10)]
+        left.bar(digits, row["classes"], 0.27, color=color, label=label)
+        right.stairs(row["nearest_histogram"], [i / 4 for i in range(49)], color=color, label=label)
+    left.set(xlabel="digit that the classifier reads", ylabel="share", xticks=range(10),
+             title=f"Classes of {results['ddpm']['samples']['n']} images, {data}")
+    right.set(xlabel="Euclidean distance to the nearest training image, pixels in [0, 1]", ylabel="share",
+              title="Memorization: copies would lie at the left")
+    for axes in left, right:
+        axes.legend()
+    figure.savefig(path)
+
+
 # The report.
 
-def table(results):
-    """The rows of report.md: (name, VAE, DDPM, real digits, the report)."""
-    v, d, real = results["vae"], results["ddpm"], results["real"]
-    sv, sd = v["samples"], d["samples"]
-    bv, bd = v["bound"], d["bound"]
-    n = sv["n"]
+METRICS = {  # of samples: the column's head, and how many digits are worth printing
+    "frechet": ("Fréchet distance", 1), "ratio": ("over real digits' own", 1), "precision": ("precision", 3),
+    "recall": ("recall", 3), "degenerate": ("degenerate", 3), "class_distance": ("classes off by", 3),
+    "nearest": ("nearest training image", 2), "copies": ("copies", 3)}
 
-    def both(name, key, form, error=None):
-        text = lambda s: form.format(s[key]) + (f" ± {form.format(s[error])}" if error else "")
-        return name, text(sv), text(sd), text(real), ""
 
-    def timing(name, form, f, report=""):
-        return name, form.format(f(v)), form.format(f(d)), "", report
+def written(key, number, spread, form="{} ({})"):
+    digits = METRICS[key][1]
+    return form.format(f"{number:.{digits}f}", f"{spread:.{digits}f}")
+
+
+def value(results, name, key):
+    """A number of vae's or ddpm's samples -> it, its standard error, and how both are written.
+
+    One trained pair: the number and, in parentheses, its error over resamples of the images.  More: the mean
+    and ± the standard deviation over the pairs; the error is then that of the mean.
+    """
+    values = [pair[name][key] for pair in results["pairs"]]
+    if len(values) == 1:
+        error = results[name]["samples"][f"{key}_error"]
+        return values[0], error, written(key, values[0], error)
+    values = torch.tensor(values, dtype=torch.float64)
+    mean, std = values.mean().item(), values.std().item()
+    return mean, std / len(values) ** 0.5, written(key, mean, std, "{} ± {}")
+
+
+def sample_rows(results):
+    """The table of samples: for each kind of image its name, the METRICS, and the p of its classes."""
+    v, d = results["vae"], results["ddpm"]
+    rows = [[label, *(value(results, name, key)[2] for key in METRICS), f"{row['samples']['class_p']:.1g}"]
+            for label, name, row in ((f"VAE, {v['latent_dim']}-D", "vae", v), ("DDPM", "ddpm", d))]
+    others = {**results["others"], "real digits, test": results["test"],
+              "real digits, training": results["real"], "uniform noise": results["noise"]}
+    return rows + [[label, *(written(key, row[key], row[f"{key}_error"]) for key in METRICS),
+                    f"{row['class_p']:.1g}"] for label, row in others.items()]
+
+
+def time_rows(results):
+    """The table of time and of the bounds: (name, VAE, DDPM, the report)."""
+    v, d = results["vae"], results["ddpm"]
+
+    def row(name, form, of, report=""):
+        return name, form.format(of(v)), form.format(of(d)), report
 
     reported = (f"VAE about {REPORT['vae']['minutes']} min, DDPM over {REPORT['ddpm']['minutes'] // 60} h "
                 "(RTX 3090, 100 epochs)")
     large, final = v["sampling"]["large_batch"], v["training"]["final"]
     return [
-        timing("parameters", "{:,}", lambda m: m["training"]["parameters"], ""),
-        timing("epochs", "{}", lambda m: m["training"]["epochs"], "100"),
-        timing("training, s per epoch", "{:.1f}", lambda m: m["training"]["seconds_per_epoch"], ""),
-        timing("training, s in all", "{:.0f}", lambda m: m["training"]["seconds"], reported),
-        timing("peak memory of the process in training, MB", "{:.0f}",
-               lambda m: m["training"]["peak_memory_mb"], ""),
-        timing("network evaluations per sample", "{}", lambda m: m["sampling"]["evaluations"], ""),
-        timing("ms per sample, batch of 1", "{:.2f}", lambda m: m["sampling"]["ms_batch_1"], ""),
-        timing(f"ms per sample, batch of {large}", "{:.3f}", lambda m: m["sampling"]["ms_large_batch"], ""),
-        both(f"Fréchet distance to the test digits, n = {n}", "frechet", "{:.1f}", "frechet_error"),
-        ("the same, as a multiple of real digits'",
-         f"{sv['frechet'] / real['frechet']:.1f}", f"{sd['frechet'] / real['frechet']:.1f}", "1", ""),
-        both("precision (share of samples among real digits)", "precision", "{:.3f}"),
-        both("recall (share of real digits among samples)", "recall", "{:.3f}"),
-        both("degenerate: classifier under 90 % sure", "degenerate", "{:.3f}", "degenerate_error"),
-        both("class histogram, total variation from the data's", "class_distance", "{:.3f}"),
-        both("pixel distance to the nearest training image, median", "nearest_training_image", "{:.2f}"),
-        (f"-ELBO in bits/dim, n = {bv['n']} and {bd['n']}", f"{bv['bits_per_dim']:.3f} ± {bv['error']:.3f}",
-         f"{bd['bits_per_dim']:.3f} ± {bd['error']:.3f}", "", ""),
+        row("parameters", "{:,}", lambda m: m["training"]["parameters"]),
+        row("epochs", "{}", lambda m: m["training"]["epochs"], "100"),
+        row("training, s per epoch", "{:.1f}", lambda m: m["training"]["seconds_per_epoch"]),
+        row("training, s in all", "{:.0f}", lambda m: m["training"]["seconds"], reported),
+        row("peak memory of the process, MB", "{:.0f}", lambda m: m["training"]["peak_memory_mb"]),
+        row("network evaluations per sample", "{}", lambda m: m["sampling"]["evaluations"]),
+        row("ms per sample, batch of 1", "{:.2f}", lambda m: m["sampling"]["ms_batch_1"]),
+        row(f"ms per sample, batch of {large}", "{:.3f}", lambda m: m["sampling"]["ms_large_batch"]),
+        row(f"-ELBO in bits/dim (standard error), n = {v['bound']['n']}",
+            "{0[bits_per_dim]:.3f} ({0[error]:.3f})", lambda m: m["bound"]),
         ("-ELBO of the trained likelihood, nats (a score on gray pixels)",
-         f"{final['test_kl'] - final['test_reconstruction']:.1f}", "", "", ""),
-    ]
+         f"{final['test_kl'] - final['test_reconstruction']:.1f}", "", "")]
 
 
 def claims(results):
-    """The report's sentences as (claim, what was measured, verdict)."""
+    """The report's sentences as (claim, what was measured, verdict, the figure that shows it)."""
     v, d, real = results["vae"], results["ddpm"], results["real"]
-    sv, sd = v["samples"], d["samples"]
 
     def verdict(margin, error):  # holds if the margin is above zero by more than twice its standard error
         return "holds" if margin > 2 * error else "does not hold" if margin < -2 * error else "cannot tell"
 
-    def error(key):
-        return math.hypot(sv[key], sd[key])
+    def lower(key):  # is the DDPM's number the lower one?  And both numbers as text
+        (a, a_error, a_text), (b, b_error, b_text) = value(results, "vae", key), value(results, "ddpm", key)
+        return verdict(a - b, math.hypot(a_error, b_error)), f"{b_text} against {a_text}"
 
-    n = sd["n"]
-    share_error = math.sqrt(0.5 / n)  # the largest that the difference of two shares of n can have
-    nearer = verdict(sv["frechet"] - sd["frechet"], error("frechet_error"))
-    inside = verdict(sd["precision"] - sv["precision"], share_error)
-    fidelity = nearer if inside in (nearer, "cannot tell") else "cannot tell"  # one says yes, the other no
+    nearer, distances = lower("frechet")
+    outside, precisions = lower("precision")
+    agrees = (nearer, outside) in (("holds", "does not hold"), ("does not hold", "holds"))
+    recall, error, text = value(results, "ddpm", "recall")
+    narrower = verdict(real["recall"] - recall, math.hypot(error, real["recall_error"]))
+    classes_p = d["samples"]["class_p"]
+    fewer, shares = lower("degenerate")
+
     slower = d["training"]["seconds_per_epoch"] / v["training"]["seconds_per_epoch"]
+    best = min([distance for _, distance in v["training"]["curve"]], default=0)
+    passed = [seconds for seconds, distance in d["training"]["curve"] if distance < best]
+    when = f"; it passes the VAE's best Fréchet distance within {passed[0]:.0f} s" if passed else ""
+
+    errors = results["encoded"]["rms"]
+    chains = list(d["bound"]["chains"].items())
+    (fewest, one), (most, every) = chains[0], chains[-1]
     return [
-        ("the DDPM's samples have higher fidelity than the VAE's",
-         f"Fréchet distance {sd['frechet']:.0f} against {sv['frechet']:.0f}, "
-         f"real digits {real['frechet']:.1f}; precision {sd['precision']:.2f} against {sv['precision']:.2f}, "
-         f"real digits {real['precision']:.2f}", fidelity),
+        ("the DDPM's outputs are of higher fidelity than the VAE's",
+         f"Fréchet distance {distances}, real digits {real['frechet']:.1f}; precision {precisions}, "
+         f"real digits {real['precision']:.3f}",
+         nearer if agrees or outside == "cannot tell" else "cannot tell", "figure3_samples.png"),
         ("it does not produce as many degenerate images",
-         f"the classifier is under 90 % sure of {100 * sd['degenerate']:.1f} % against "
-         f"{100 * sv['degenerate']:.1f} %, real digits {100 * real['degenerate']:.1f} %",
-         verdict(sv["degenerate"] - sd["degenerate"], error("degenerate_error"))),
+         f"the classifier is under 90 % sure of a share of {shares}, real digits {real['degenerate']:.3f}",
+         fewer, "figure3_samples.png"),
         ("its samples lack diversity",
-         f"recall {sd['recall']:.2f}, real digits {real['recall']:.2f}, the VAE {sv['recall']:.2f}; classes "
-         f"{sd['class_distance']:.3f} from the data's, p = {sd['class_p']:.2g}",
-         verdict(real["recall"] - sd["recall"], share_error)),
-        ("it takes substantially longer to train (over 3 h against about 45 min: 4 times as long)",
-         f"{slower:.0f} times as long, epoch for epoch", "holds" if slower > 1 else "does not hold")]
+         f"recall {text}, real digits {real['recall']:.3f}, the VAE {value(results, 'vae', 'recall')[2]}; "
+         f"classes off by {d['samples']['class_distance']:.3f}, p = {classes_p:.1g}",
+         "holds" if classes_p < 0.001 else narrower, "diversity.png"),
+        ("it takes substantially longer to train (over 3 h against about 45 min)",
+         f"{slower:.0f} times as long, epoch for epoch{when}",
+         "holds" if slower > 1 else "does not hold", "quality.png"),
+        ("its outputs cannot be compared with given images, for it starts from noise",
+         f"encoded by DDIM and back, test digits are off by {errors[BACK][0]:.3f} (rms per pixel), "
+         f"the VAE's by {errors['VAE'][0]:.3f}, black images by {errors['all black'][0]:.3f}",
+         verdict(errors[BACK][0] - errors["all black"][0] / 2, errors[BACK][1]), "reconstructions.png"),
+        ("its many steps allow for more expressiveness",
+         f"bits/dim of one network: {one['bits_per_dim']:.2f} in {fewest} steps, {every['bits_per_dim']:.2f} "
+         f"in {most}; the VAE {v['bound']['bits_per_dim']:.2f}",
+         verdict(one["bits_per_dim"] - every["bits_per_dim"], math.hypot(one["error"], every["error"])),
+         "bound_bridge.png")]
+
+
+def markdown(head, rows):
+    """A table from a list of cells for the head and one for each row."""
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in (head, ["---"] * len(head), *rows))
 
 
 def write_report(results, out):
     """OUT/report.md, from results alone."""
-    r, bound = results, results["ddpm"]["bound"]
+    r, v, d = results, results["vae"], results["ddpm"]
+    one, encoded, few = v["bound"], r["encoded"], r["few_steps"]
     real_data = "" if r["data"] == "mnist" else "\n**These are SYNTHETIC digits, not MNIST.**\n"
-    rows = "\n".join("| " + " | ".join(row) + " |" for row in table(r))
-    ladder = "\n".join(f"| σ² = {label} | {s['L_0']:.3f} | {s['L_t']:.3f} | {s['L_T']:.5f} "
-                       f"| {s['bits_per_dim']:.3f} ± {s['error']:.3f} |"
-                       for label, s in bound["steps"].items())
-    judged = "\n".join(f"| {claim} | {measured} | {verdict} |" for claim, measured, verdict in claims(r))
-    v = r["vae"]["bound"]
-    seeds = f"{r['vae']['settings']['seed']} (VAE) and {r['ddpm']['settings']['seed']} (DDPM)"
-    drawn = """![1: the reparameterization trick](figure1_reparameterization.png)
+    seeds = ", ".join(str(pair["seed"]) for pair in r["pairs"])
+    spread = (f"± is the standard deviation over these {len(r['pairs'])} trained pairs" if len(r["pairs"]) > 1
+              else "one trained pair, so there is no ±")
+    judged = markdown(["the report says", "measured", "", "figure"], claims(r))
+    samples = markdown(["", *(head for head, _ in METRICS.values()), "p of the classes"], sample_rows(r))
+    times = markdown(["", f"VAE, {v['latent_dim']}-D", "DDPM", "the report"], time_rows(r))
+    ladder = markdown(["DDPM", "L_0", "Σ L_(t-1)", "L_T", "total"], [
+        [f"σ² = {label}", f"{s['L_0']:.3f}", f"{s['L_t']:.3f}", f"{s['L_T']:.5f}",
+         f"{s['bits_per_dim']:.3f} ({s['error']:.3f})"] for label, s in d["bound"]["steps"].items()])
+    errors = markdown(["reconstruction", "error per pixel"], [
+        [name, f"{mean:.3f} ({error:.3f})"] for name, (mean, error) in encoded["rms"].items()])
+    steps = markdown(["network evaluations", *few["ddpm"]["ancestral"]], [
+        [rule, *(f"{distance / r['floors']['steps']:.1f}" for distance in distances.values())]
+        for rule, distances in few["ddpm"].items()])
+    maps = """![1: the reparameterization trick](figure1_reparameterization.png)
 ![Latent space](vae_latent.png)
 ![Manifold](vae_manifold.png)
-""" if r["vae"]["latent_dim"] == 2 else ""  # what only a map can show
+""" if v["latent_dim"] == 2 else ""  # what only a map can show
     (out / "report.md").write_text(f"""# VAE and DDPM on {common.NAMES[r['data']]}
 
-{r['date']}, {r['device']}, torch {r['torch']}, seeds {seeds}, one trained pair.  ± is the standard error over
-images, not over trainings.  Nothing is compiled.  Samples are the first from the seed, none is left out.
+{r['date']}, {r['device']}, torch {r['torch']}, seeds {seeds}: {spread}.
+In parentheses stands the sampling noise: the standard deviation over resamples of the images.  Nothing is
+compiled.  Samples are the first from the seed, none is left out.
 {real_data}
-| | VAE, {r['vae']['latent_dim']}-D | DDPM | real digits | the report |
-| --- | --- | --- | --- | --- |
-{rows}
-
-Real digits are as many training images (which the classifier has seen), measured as if they were samples. Uniform noise scores a precision of
-{r['noise']['precision']:.3f} and a recall of {r['noise']['recall']:.3f} here, so a precision counts only together with its recall.
-The Fréchet distance is on the features of a classifier that reads {100 * r['classifier_accuracy']:.2f} % of the test digits, so it means something only beside theirs.
-
 ## The report's claims
 
-| the report says | measured | |
-| --- | --- | --- |
 {judged}
 
-## Samples
+A claim holds, or does not, where a difference is more than twice its standard error. Fidelity also needs Fréchet distance and precision to agree.
+Diversity is lacking where recall is below real digits', or the classes differ from the training labels' with p < 0.001. That images cannot be
+compared does not hold if they come back with less than half the error of black ones.
+
+## Samples, n = {v['samples']['n']}
+
+{samples}
+
+The yardstick is a classifier that reads {100 * r['classifier_accuracy']:.2f} % of the test digits and was trained on the training digits. Fréchet distance: of its 128
+features to those of all test digits; real digits' own is {r['floors']['samples']:.2f} at this n (mean over draws of training digits). Precision: the share of samples
+within the manifold of real digits; recall: the share of real digits within the samples'. Degenerate: the classifier is under 90 % sure.
+Classes off by: total variation from the training labels' shares, with p of a χ² test. Nearest training image: median Euclidean distance
+of images in [0, 1]; copies: the share that is nearer than 99 % of the test digits are.
 
 ![Ten samples of each](figure3_samples.png)
+![Classes and memorization](diversity.png)
+![The samples nearest to a training image](neighbours.png)
+
+## Time
+
+{times}
+
+![Time against quality](quality.png)
+
+Fréchet distance as a multiple of real digits' own, n = {few['n']}; the VAE with its one evaluation: {few['vae'] / r['floors']['steps']:.1f}.
+
+{steps}
+
+## Reconstructions of the same {encoded['n']} test digits
+
+{errors}
+
+Root mean square of the difference of images in [0, 1] (standard error). The DDPM's chain has {encoded['steps']} steps.
+
+![Reconstructions](reconstructions.png)
 
 ## The bound, term by term, in bits/dim
 
-| DDPM | L_0 | Σ L_(t-1) | L_T | total |
-| --- | --- | --- | --- | --- |
 {ladder}
 
-The VAE: reconstruction {v['reconstruction']:.3f}, KL {v['kl']:.3f}, total {v['bits_per_dim']:.3f} ± {v['error']:.3f}, under a discretized normal of
-σ = {v['sigma']:.3f} fitted on training images; its importance-weighted bound with 256 samples is {v['importance_weighted_256']:.3f}, so at
-least {v['gap']:.3f} of it is KL(q(z|x) || p(z|x)).
+The VAE: reconstruction {one['reconstruction']:.3f}, KL {one['kl']:.3f}, total {one['bits_per_dim']:.3f} ({one['error']:.3f}), under a discretized normal of σ = {one['sigma']:.3f} fitted on
+training images; its importance-weighted bound with 256 samples is {one['importance_weighted_256']:.3f}, so at least {one['gap']:.3f} of it is KL(q(z|x) || p(z|x)).
 
 ![Where the bits go](bound_terms.png)
 ![From one latent layer to a thousand](bound_bridge.png)
 
 ## The report's figures
 
-{drawn}![2: three reconstructions](figure2_reconstructions.png)
+{maps}![2: three reconstructions](figure2_reconstructions.png)
 ![Trajectory](ddpm_trajectory.png)
 ![The forward process](ddpm_forward.png)
 ![VAE's curves](vae_curves.png)
@@ -493,95 +684,149 @@ least {v['gap']:.3f} of it is KL(q(z|x) || p(z|x)).
 
 # All of it.
 
-def trained(script, args, out):
-    """The model of script (vae or ddpm), trained or loaded, its pictures in OUT; and its checkpoint."""
+def trained(script, args, out, watch, **own):
+    """The model of script (vae or ddpm), trained or loaded, its pictures in out.
+
+    own: settings other than those in args.  The model's .training_run is what its checkpoint tells of it.
+    """
     path = out / f"{script.__name__}.pt"
-    flags = {"data": args.data, "data-dir": args.data_dir, "out": out,
-             "device": args.device, "seed": args.seed}
+    flags = {"data": args.data, "data_dir": args.data_dir, "out": out, "device": args.device}
     if path.exists() and not args.overwrite:  # go on with its own settings: if it is finished, only draw
         settings = common.load(path, script.__name__)["settings"]
-        flags.update((name.replace("_", "-"), value) for name, value in settings.items())
+        flags |= settings
         print(f"compare: {path} as it is, {settings['epochs']} epochs, seed {settings['seed']}", flush=True)
     else:
-        flags.update({"limit": args.limit, "epochs": args.epochs,
-                      "batch-size": args.batch_size, "lr": args.lr})
+        flags |= own or {name: getattr(args, name) for name in ("limit", "epochs", "batch_size", "lr", "seed")}
     argv = []
-    for name, value in flags.items():
-        if value is not None and value is not False:  # 0 is a value
-            argv += [f"--{name}"] if value is True else [f"--{name}", str(value)]
-    script.main(argv + ["--overwrite" if args.overwrite else "--resume"])
-    return script.load(path, common.pick_device(args.device)), path
+    for name, setting in flags.items():
+        if setting is not None and setting is not False:  # 0 is a value
+            argv += ["--" + name.replace("_", "-")] + ([] if setting is True else [str(setting)])
+    with torch.enable_grad():
+        script.main(argv + ["--overwrite" if args.overwrite else "--resume"], watch)
+    model = script.load(path, common.pick_device(args.device))
+    model.training_run = training_run(path, model)
+    return model
 
 
 @torch.no_grad()
 def measure(args, device, out):
     """Everything that goes into results.json, and the figures that compare.py adds."""
-    for path in () if args.overwrite else (out / "vae.pt", out / "ddpm.pt"):  # before the long work
-        if path.exists() and (made_of := common.load(path, path.stem)["settings"].get("data")) != args.data:
+    there = [] if args.overwrite else [*out.glob("**/vae.pt"), *out.glob("**/ddpm.pt")]
+    for path in there:  # before the long work
+        if (made_of := common.load(path, path.stem)["settings"].get("data")) != args.data:
             raise common.InputError(f"{path} was trained on {made_of}, not {args.data}: choose another --out")
+    size, data = SIZES[device.type], common.NAMES[args.data]
     with torch.enable_grad():
-        models = {script.__name__: trained(script, args, out) for script in (vae, ddpm)}
         classifier = train_classifier(args, device)
-    (v, v_path), (d, d_path) = models["vae"], models["ddpm"]
     x_train, x_test = common.load_data(args.data, args.data_dir, device)
     y_train, y_test = common.load_labels(args.data, args.data_dir, device)
-    x_test = x_test / 255
-    n, steps, large = (10000, d.T, 1000) if device.type == "cuda" else (1000, min(d.T, 50), 250)
     torch.manual_seed(args.seed)
-
-    def ddpm_samples(n, steps):
-        starts = tqdm(range(0, n, large), desc="sampling", disable=n < 2 * large)
-        with common.autocast(device):
-            return torch.cat([d.sample(min(large, n - i), steps) for i in starts])
-
-    data = common.NAMES[args.data]
-    print("compare: sampling", flush=True)
-    samples = {"vae": v.sample(n), "ddpm": ddpm_samples(n, steps)}
+    mixed, shuffled = (torch.randperm(len(x), device=device) for x in (x_test, x_train))
+    x_test, y_test = x_test[mixed] / 255, y_test[mixed]  # MNIST's first test digits are the neater ones
     real, probabilities = look(classifier, x_test)
-    mixed = torch.randperm(len(x_test), device=device)  # MNIST's first test digits are the neater ones
+
+    def distance(x):
+        return frechet(look(classifier, x)[0], real)
+
+    def watch(model, epoch):  # for the curves of quality against time; the time is that of training alone
+        with common.own_randomness(args.seed, device):
+            return {"frechet": distance(draw_samples(model, size["curve"], size["batch"], device))}
+
+    # The models: the pairs, and what stands beside the first of them.
+    v, d = (trained(script, args, out, watch) for script in (vae, ddpm))
+    pairs = {args.seed: {"vae": v, "ddpm": d}}
+    for seed in range(args.seed + 1, args.seed + args.seeds):
+        pairs[seed] = {script.__name__: trained(script, args, out / f"seed_{seed}", watch,
+                                                **model.settings | {"seed": seed})
+                       for script, model in ((vae, v), (ddpm, d))}
+    epochs = v.settings["epochs"]  # rows beside the main one: a short run where minutes count
+    short = v.settings | {"epochs": epochs if device.type == "cuda" else min(epochs, 10)}
+    wide = trained(vae, args, out / "vae20", watch, **short | {"latent_dim": 20})
+    plain = trained(vae, args, out / "autoencoder", watch, **short | {"kl_weight": 0.0})
+    adam = trained(ddpm, args, out / "adam", watch, **d.settings | {"optimizer": "adam", "predict": "eps"})
+
+    # What their samples are held against.
     limits = [model.settings["limit"] or len(x_train) for model in (v, d)]  # images that the models have seen
     train = {"x": x_train[:max(limits)].flatten(1) / 255,
              "shares": torch.bincount(y_train, minlength=10).double().cpu() / len(y_train)}
-    shuffled = torch.randperm(len(x_train), device=device)[:n]
-    correct = (probabilities.argmax(1) == y_test).double().mean().item()
-    real = real[mixed]
-    results = {"data": args.data, "device": describe(device), "torch": torch.__version__, "seed": args.seed,
-               "date": datetime.date.today().isoformat(),
-               "classifier_accuracy": correct, "report": REPORT,
-               "real": measure_samples(classifier, x_train[shuffled] / 255, real, train, args.seed),
-               "noise": measure_samples(classifier, torch.rand_like(x_test[:n]), real, train, args.seed)}
-    # a training image's nearest training image is itself: for this one number real digits are test digits
-    nearest = nearest_distance(x_test[mixed[:n]], train["x"])
-    results["real"]["nearest_training_image"] = nearest.median().item()
+    n = min(size["samples"], len(x_test))
+    train["close"] = nearest(x_test[:n], train["x"])[0].quantile(0.01)
 
-    print("compare: bounds", flush=True)
-    few = len(x_test) if device.type == "cuda" else 64
-    pick = torch.randperm(len(x_test), device=device)[:few]
-    some = x_train[torch.randperm(min(limits), device=device)[:4 * few][:1000]] / 255
-    for name, (model, path), bound, sample in (
-            ("vae", models["vae"], vae_bound, lambda n: v.sample(n)),
-            ("ddpm", models["ddpm"], ddpm_bound, lambda n: ddpm_samples(n, steps))):
+    def measured(x):
+        return measure_samples(classifier, x, real, train, args.seed)
+
+    def floor(n):  # real digits' own distance: the mean over draws of n training images
+        draws = shuffled.split(n)[:10]
+        return sum(distance(x_train[draw] / 255) for draw in draws) / len(draws)
+
+    print("compare: samples", flush=True)
+    drawn = []
+    for seed, pair in pairs.items():
+        torch.manual_seed(seed)
+        drawn.append({name: draw_samples(model, n, size["batch"], device) for name, model in pair.items()})
+    samples, few = drawn[0], min(size["steps"], n)
+    others = {"VAE, 20-D": wide, "autoencoder": plain}
+    others = {name: draw_samples(model, n, size["batch"], device) for name, model in others.items()}
+    results = {
+        "data": args.data, "device": describe(device), "torch": torch.__version__, "seed": args.seed,
+        "date": datetime.date.today().isoformat(), "report": REPORT,
+        "classifier_accuracy": (probabilities.argmax(1) == y_test).double().mean().item(),
+        "floors": {name: floor(min(size[name], n)) for name in ("samples", "curve", "steps")},
+        "real": measured(x_train[shuffled[:n]] / 255), "test": measured(x_test[-n:]),
+        "noise": measured(torch.rand_like(x_test[:n])),
+        "others": {name: measured(x) for name, x in others.items()},
+        "pairs": [{"seed": seed, **{name: measured(x) for name, x in pair.items()}}
+                  for seed, pair in zip(pairs, drawn)],
+        "curves": {f"VAE, {v.latent_dim}-D": v.training_run["curve"], "VAE, 20-D": wide.training_run["curve"],
+                   "DDPM": d.training_run["curve"], "DDPM, the report's Adam": adam.training_run["curve"]},
+        "few_steps": {"n": few, "n_curve": min(size["curve"], n), "vae": distance(samples["vae"][:few]),
+                      "ddpm": few_steps(d, distance, few, size["batch"], args.seed, device)}}
+    rows = [results[name] for name in ("real", "test", "noise")] + [*results["others"].values()]
+    for row in rows + [pair[name] for pair in results["pairs"] for name in ("vae", "ddpm")]:
+        row |= {f"ratio{end}": row[f"frechet{end}"] / results["floors"]["samples"] for end in ("", "_error")}
+
+    print("compare: bounds, sampling times and reconstructions", flush=True)
+    some = x_train[torch.randperm(min(limits), device=device)[:4 * size["bound"]][:1000]] / 255
+    for name, model, bound in (("vae", v, vae_bound), ("ddpm", d, ddpm_bound)):
         results[name] = {
-            "settings": model.settings, "training": training_time(path, model),
-            "sampling": {"evaluations": 1 if name == "vae" else steps, "large_batch": large,
-                         "ms_batch_1": 1000 * seconds_to_sample(lambda: sample(1), device, 5),
-                         "ms_large_batch":
-                             1000 * seconds_to_sample(lambda: sample(large), device, 1) / large},
-            "samples": measure_samples(classifier, samples[name], real, train, args.seed),
-            "bound": bound(model, some, x_test[pick], args.seed)}
+            "settings": model.settings, "training": model.training_run,
+            "sampling": sampling_time(model, size["batch"], device), "samples": results["pairs"][0][name],
+            "bound": bound(model, some, x_test[:size["bound"]], args.seed)}
     results["vae"]["latent_dim"] = v.latent_dim
+    x = x_test[:size["encoded"]]
+    rows = {name: model.decode(model.encode(x)[0]) for name, model in (
+        ("VAE", v), ("VAE, 20-D", wide), ("autoencoder", plain))}
+    with common.autocast(device), common.own_randomness(args.seed, device):
+        rows |= ddpm_reconstructions(d, x, min(50, d.T))
+    rms = {name: (x - back).square().flatten(1).mean(1).sqrt()
+           for name, back in {**rows, "all black": torch.zeros_like(x)}.items()}
+    results["encoded"] = {"n": len(x), "steps": min(50, d.T),
+                          "rms": {name: mean_and_error(error) for name, error in rms.items()}}
 
-    rows = {"real": x_test[mixed[:10]], "DDPM": samples["ddpm"][:10], "VAE": samples["vae"][:10]}
-    title = f"The first ten samples from seed {args.seed}, {data}"
-    common.plot_rows(rows, out / "figure3_samples.png", title)
+    # The figures.
+    common.plot_rows({"test digit": x[:10], **{name: row[:10] for name, row in rows.items()}},
+                     out / "reconstructions.png", f"Reconstructions of the first ten test digits, {data}")
+    rows = {"real": x_test, "DDPM": samples["ddpm"], "VAE": samples["vae"], **others}
+    common.plot_rows({name: row[:10] for name, row in rows.items()}, out / "figure3_samples.png",
+                     f"The first ten samples from seed {args.seed}, {data}")
+    rows = {}
+    for name, x in (("DDPM", samples["ddpm"]), ("VAE", samples["vae"]), ("test digit", x_test[:n])):
+        far, which = nearest(x, train["x"])
+        classes = look(classifier, x)[1].argmax(1)
+        first = torch.stack([torch.where(classes == digit, far, math.inf).argmin() for digit in range(10)])
+        close = train["x"][which[first]].view(-1, 1, 28, 28)
+        rows |= {name: x[first], f"training image\nnearest to {name}": close}
+    common.plot_rows(rows, out / "neighbours.png", f"Of {n} images that are read as a digit, the one that is "
+                     f"nearest to a training image, {data}", [f"read as {digit}" for digit in range(10)])
     if v.latent_dim == 2:
         digits = torch.stack([(y_test == i).nonzero()[0, 0] for i in range(0, 10, 2)])  # the first of each
         path = out / "figure1_reparameterization.png"
         figure_reparameterization(v, x_test[digits], y_test[digits], path, data)
     results["vae"]["reconstructions"] = figure_reconstructions(
         v, classifier, x_test, y_test, out / "figure2_reconstructions.png", data)
-    figure_bridge(results, out / "bound_bridge.png", data)
-    figure_bits(results, out / "bound_terms.png", data)
+    for draw, name in ((figure_bridge, "bound_bridge"), (figure_bits, "bound_terms"),
+                       (figure_quality, "quality"), (figure_diversity, "diversity")):
+        draw(results, out / f"{name}.png", data)
     return results
 
 
@@ -589,12 +834,19 @@ def describe(device):
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     capability = torch.backends.cpu.get_cpu_capability()
-    return f"CPU, {torch.get_num_threads()} threads, {platform.machine()}, {capability}"
+    bfloat16 = "with" if common.has_bfloat16(device) else "without"
+    return f"CPU, {torch.get_num_threads()} threads, {platform.machine()}, {capability} {bfloat16} bfloat16"
+
+
+def parse(argv):
+    parser = common.arguments(__doc__, EXAMPLES, epochs=None, batch_size=None, lr=None)
+    parser.add_argument("--seeds", metavar="N", type=common.number(int, 1, 100), default=1,
+                        help="train N pairs, from --seed upwards, to see how trainings differ")
+    return parser.parse_args(argv)
 
 
 def main(argv=None):
-    parser = common.arguments(__doc__, EXAMPLES, epochs=None, batch_size=None, lr=None)
-    args = parser.parse_args(argv)
+    args = parse(argv)
     device, args.data = common.pick_device(args.device), common.find_data(args.data, args.data_dir)
     args.out = out = common.output_folder(args.out)
     started = time.perf_counter()
@@ -602,10 +854,12 @@ def main(argv=None):
     results["seconds"] = time.perf_counter() - started
     (out / "results.json").write_text(json.dumps(results, indent=1))
     write_report(results, out)
-    for claim, measured, verdict in claims(results):
-        print(f"{verdict:>14}: {claim}: {measured}")
-    for row in table(results):
-        print("  ".join(f"{cell:<24}" if i else f"{cell:<62}" for i, cell in enumerate(row[:4])))
+    for row in time_rows(results):
+        print("  ".join(f"{cell:<24}" if i else f"{cell:<66}" for i, cell in enumerate(row[:3])))
+    for row in [["", *METRICS], *(row[:-1] for row in sample_rows(results))]:
+        print("  ".join(f"{cell:<14}" if i else f"{cell:<24}" for i, cell in enumerate(row)))
+    for claim, measured, verdict, figure in claims(results):
+        print(f"{verdict:>14}: {claim}: {measured} ({figure})")
     common.farewell("compare", out, ["report.md", "results.json"], args.data)
 
 

@@ -163,11 +163,11 @@ class VAE(nn.Module):
 SETTINGS = ["latent_dim", "likelihood", "kl_weight", "data", "limit", "epochs", "batch_size", "lr", "seed"]
 
 
-def train(args, device):
+def train(args, device, watch=None):
     """Maximizes the ELBO by Adam.  Returns the model and the run.
 
     common.Run shuffles the images, keeps OUT/vae.pt after each epoch and at Ctrl-C, takes it up again, and
-    stops where the loss is not finite.
+    stops where the loss is not finite.  watch(model, epoch) -> a dict of more numbers for the history.
     """
     torch.manual_seed(args.seed)
     x_train, x_test = common.load_data(args.data, args.data_dir, device)  # uint8 (N, 1, 28, 28)
@@ -178,7 +178,7 @@ def train(args, device):
     run = common.Run(Path(args.out) / "vae.pt", args, SETTINGS, len(x_train), terms, device,
                      model=model, optimizer=optimizer)
 
-    for _ in run.epochs():
+    for epoch in run.epochs():
         for progress, batch in run.batches():  # progress: share of the whole run, 0 ... 1
             for group in optimizer.param_groups:
                 group["lr"] = args.lr * 0.5 * (1 + math.cos(math.pi * progress))  # cosine decay to 0
@@ -191,7 +191,8 @@ def train(args, device):
             optimizer.step()
             run.log(reconstruction.mean(), kl.mean())
         reconstruction, kl = evaluate(model, x_test, args.seed)
-        run.end_epoch(test_reconstruction=reconstruction, test_kl=kl)
+        watched = watch(model, epoch) if watch else {}
+        run.end_epoch(test_reconstruction=reconstruction, test_kl=kl, **watched)
     return model.eval(), run
 
 
@@ -250,7 +251,7 @@ def parse(argv):
     return parser.parse_args(argv)
 
 
-def main(argv=None):
+def main(argv=None, watch=None):
     args = parse(argv)
     device, out = common.pick_device(args.device), Path(args.out).expanduser()
     if args.sample:
@@ -261,7 +262,7 @@ def main(argv=None):
         return common.farewell("vae", out, ["vae_sample.png"], model.settings["data"])
     args.data, args.out = common.find_data(args.data, args.data_dir), common.output_folder(out)
     args.epochs = args.epochs or (100 if device.type == "cuda" else 20)  # a CPU takes minutes for 100
-    model, run = train(args, device)
+    model, run = train(args, device, watch)
     torch.manual_seed(args.seed)
     pictures = draw(model, run, args, device)
     common.farewell("vae", out, ["vae.pt", *pictures], args.data)

@@ -115,7 +115,7 @@ def test_q_posterior_is_bayes_rule(t):
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine", "logsnr"])
-def test_eps_x0_and_mu_tell_the_same(schedule):
+def test_eps_x0_mu_and_v_tell_the_same(schedule):
     model, t = DDPM(None, schedule=schedule), torch.tensor([1, 2, 500, 999, 1000])
     x0, eps = torch.randn(2, 5, 1, 3, 3, dtype=F64)
     xt = model.q_sample(x0, t, eps)
@@ -126,6 +126,10 @@ def test_eps_x0_and_mu_tell_the_same(schedule):
     close(model.x0_from_eps(xt, t, eps), x0, rtol=1e-9, atol=1e-9)
     close(model.eps_from_x0(xt, t, x0), eps, rtol=1e-9, atol=1e-9)
     close(model.x0_from_mu(xt, t, mu), x0, rtol=1e-9, atol=1e-9)
+    a = model.alpha_bar[t].view(-1, 1, 1, 1)
+    v = model.v_from_x0(xt, t, x0)
+    close(v, a.sqrt() * eps - (1 - a).sqrt() * x0, rtol=1e-9, atol=1e-9)
+    close(model.x0_from_v(xt, t, v), x0, rtol=1e-9, atol=1e-9)
 
 
 # ---- p and the losses
@@ -159,7 +163,7 @@ def test_sigma_tables():
     c = [0.0] + [math.sqrt(alpha_bar[t - 1]) * beta[t] / (1 - alpha_bar[t]) for t in range(1, 1001)]
     close(model.variance[1], tilde[2])
     close(model.variance[2:], [tilde[t] + c[t] ** 2 * model.mse[t].item() for t in range(2, 1001)], rtol=1e-9)
-    for wrong in dict(predict="v"), dict(sigma="learned"), dict(schedule="sqrt"):
+    for wrong in dict(predict="score"), dict(sigma="learned"), dict(schedule="sqrt"):
         with pytest.raises(ValueError):
             DDPM(None, **wrong)
 
@@ -197,8 +201,19 @@ def test_simple_loss_is_the_mean_squared_error_of_what_is_predicted():
     beta, alpha_bar = (torch.tensor(table, dtype=F64).view(-1, 1, 1, 1)[t] for table in linear(10))
     noise = (1 - alpha_bar).sqrt()
     mu = (alpha_bar.sqrt() * x0 + noise * eps - beta / noise * eps) / (1 - beta).sqrt()  # Ho (11)
-    for predict, target in ("eps", eps), ("x0", x0), ("mu", mu):
+    v = alpha_bar.sqrt() * eps - noise * x0
+    for predict, target in ("eps", eps), ("x0", x0), ("mu", mu), ("v", v):
         close(fake(out, T=10, predict=predict).loss(x0, t, eps), ((out - target) ** 2).sum() / out.numel(), rtol=1e-9)
+
+
+def test_the_loss_on_v_is_the_loss_on_eps_over_alpha_bar():
+    """One guess at x_0, said as ε and as v."""
+    x0, eps, guess = torch.randn(3, 1, *TINY, dtype=F64)
+    for t in torch.tensor([[1], [500], [900]]):
+        by_eps, by_v = (DDPM(None, predict=predict) for predict in ("eps", "v"))
+        xt = by_eps.q_sample(x0, t, eps)
+        by_eps.net, by_v.net = (lambda *_: by_eps.eps_from_x0(xt, t, guess)), (lambda *_: by_v.v_from_x0(xt, t, guess))
+        close(by_v.loss(x0, t, eps), by_eps.loss(x0, t, eps) / by_eps.alpha_bar[t].squeeze(), rtol=1e-9)
 
 
 def test_t_is_drawn_from_1_to_T():
@@ -221,7 +236,8 @@ def spied(sigma, predict="eps", T=12):
     return DDPM(net, T=T, predict=predict, sigma=sigma, shape=TINY), seen
 
 
-@pytest.mark.parametrize("sigma, predict", [("beta", "eps"), ("posterior", "eps"), ("optimal", "x0"), ("beta", "mu")])
+@pytest.mark.parametrize("sigma, predict", [("beta", "eps"), ("posterior", "eps"), ("optimal", "x0"), ("beta", "mu"),
+                                            ("posterior", "v")])
 def test_vlb_terms_and_the_vlb_loss_are_the_kl_divergences(sigma, predict):
     model, seen = spied(sigma, predict)
     model.mse[1:] = 0.1
@@ -330,7 +346,7 @@ def test_the_bound_is_what_it_must_be_never_beats_the_truth_and_gains_from_steps
 
 
 def test_samples_have_the_spread_of_the_data(trained_gaussian):
-    (_, _, x0_hat), (_, x0, _) = deque(trained_gaussian.trajectory(COUNT), maxlen=2)
+    (_, _, x0_hat), (_, x0, _) = deque(trained_gaussian.trajectory(torch.randn(COUNT, *TINY, dtype=F64)), maxlen=2)
     assert torch.equal(x0, x0_hat)  # no noise in the last step
     variances, _, _ = closed_form(trained_gaussian.alpha_bar)
     # so its variance is missing; 0.625 % is five standard errors of 1 / √(2 · 320000)
@@ -347,7 +363,7 @@ def test_each_step_of_any_eta_has_the_marginal_q(eta):
     model = DDPM(lambda xt, t: torch.full_like(xt, 0.5), T=T, predict="x0", sigma="posterior", shape=(1, 1, 1))
     _, alpha_bar = linear(T)
     assert alpha_bar[T] < 1e-6  # so that starting from N(0, 1) is as good
-    for t, xt, _ in model.trajectory(n, eta):
+    for t, xt, _ in model.trajectory(torch.randn(n, *model.shape), eta):
         sd = math.sqrt(1 - alpha_bar[t])
         assert xt.mean().item() == pytest.approx(math.sqrt(alpha_bar[t]) * 0.5, abs=1e-6 + 5 * sd / math.sqrt(n))
         assert xt.std().item() == pytest.approx(sd, rel=5 / math.sqrt(2 * n), abs=1e-6)
@@ -357,7 +373,7 @@ def test_each_step_of_any_eta_has_the_marginal_q(eta):
 def test_an_ancestral_step_is_the_mean_plus_sigma_z(sigma):
     model, _ = spied(sigma)
     torch.manual_seed(3)
-    (t, x, _), (_, after, _), *_ = model.trajectory(2)
+    (t, x, _), (_, after, _), *_ = model.trajectory(torch.randn(2, *model.shape))
     torch.manual_seed(3)
     close(x, torch.randn(2, *TINY), rtol=0, atol=0)
     mean, variance = model.p_mean_variance(x, torch.full((2,), t))
@@ -370,8 +386,27 @@ def test_ddim_is_deterministic_given_x_T(monkeypatch):
     for eta, noise in (0.0, 0.0), (0.0, 9.0), (1.0, 9.0):  # the same x_T
         torch.manual_seed(0)
         monkeypatch.setattr(torch, "randn_like", lambda x: torch.full_like(x, noise))
-        ends.append(deque(model.trajectory(2, eta), maxlen=1)[0][1])
+        ends.append(deque(model.trajectory(torch.randn(2, *model.shape), eta), maxlen=1)[0][1])
     assert torch.equal(ends[0], ends[1]) and not torch.equal(ends[1], ends[2])
+
+
+def test_ddim_encodes_to_noise_and_comes_back(trained_gaussian):
+    x0 = S * torch.randn(500, *TINY, dtype=F64)
+    ends = {}
+    for steps in 20, 200:
+        chain = trained_gaussian.respace(steps)
+        xT = chain.ddim_encode(x0)
+        *_, (_, back, _) = chain.trajectory(xT, eta=0)
+        ends[steps] = (back - x0).square().mean().sqrt().item()
+    assert xT.std().item() == pytest.approx(1, rel=0.05)
+    assert ends[200] < ends[20] / 5  # of first order
+
+
+def test_a_trajectory_may_start_on_the_way():
+    model, seen = spied("beta", T=10)
+    x = torch.randn(2, *TINY, dtype=F64)
+    times = [t for t, _, _ in model.trajectory(x, start=4)]
+    assert times == [4, 3, 2, 1, 0] and torch.equal(seen[0][0], x)
 
 
 def test_respaced_chain_is_the_chain_at_the_picked_times():
@@ -484,7 +519,7 @@ def test_all_that_is_said_to_be_written_is_there(trained):
 
 def test_load_takes_the_averaged_weights_and_the_settings(trained):
     saved, model = checkpoint(trained[0]), ddpm.load(trained[0] / "ddpm.pt")
-    assert not model.training and (model.T, model.sigma, model.predict) == (8, "optimal", "eps")
+    assert not model.training and (model.T, model.sigma, model.predict) == (8, "optimal", "v")
     assert model.settings["data"] == "mnist" and model.settings["lr"] == 2e-3 and model.settings["limit"] == 256
     close(model.alpha_bar, ddpm.make_alpha_bar("cosine", 8))
     assert (model.mse[1:] > 0).all() and model.sample(2).shape == (2, 1, 28, 28)
@@ -531,7 +566,7 @@ def test_a_run_that_was_stopped_again_and_again_ends_where_an_undisturbed_one_do
 
 @pytest.mark.parametrize("wrong", [
     "--epochs 0", "--epochs -1", "--epochs x", "--batch-size 0", "--lr 0", "--lr nan", "--lr inf", "--lr -1", "--T 0",
-    "--T 10 --steps 11", "--steps 0", "--eta 2", "--eta nan", "--schedule sqrt", "--predict v", "--sigma learned",
+    "--T 10 --steps 11", "--steps 0", "--eta 2", "--eta nan", "--schedule sqrt", "--predict score", "--sigma learned",
     "--loss l1", "--device tpu", "--device cuda:99", "--sample 4", "--sample 0", "--seed -1", "--limit 0",
     "--data cifar"])
 def test_bad_input_is_refused_before_anything_is_written(tmp_path, capsys, wrong):
@@ -580,7 +615,7 @@ def test_ddim_agrees_with_diffusers():
     scheduler = diffusers.DDIMScheduler(10, trained_betas=model.beta[1:].numpy(), clip_sample=False)
     scheduler.set_timesteps(10)
     xt = None
-    for s, ours, _ in model.trajectory(3, eta=0.0):
+    for s, ours, _ in model.trajectory(torch.randn(3, *model.shape), eta=0.0):
         if xt is not None:
             close(ours, xt, rtol=1e-3, atol=1e-3)
         if s:
