@@ -9,7 +9,9 @@ and fewer images are measured (SIZES); the log says so.
 import datetime
 import json
 import math
+import multiprocessing
 import platform
+import tempfile
 import time
 from pathlib import Path
 
@@ -18,6 +20,7 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from matplotlib.patches import ConnectionPatch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import common
@@ -27,12 +30,14 @@ import vae
 EXAMPLES = """\
   python compare.py                                  everything, with the defaults of vae.py and ddpm.py
   python compare.py --limit 2000 --epochs 1 --out quick   a quick look
+  python compare.py --benchmark                      how fast all of it is here
   python compare.py --seeds 3 --out seeds            three trained pairs, for the spread between trainings
   python ddpm.py --epochs 20 && python compare.py    with a DDPM that was trained for longer"""
 
 # The course report's own statements, for the tables' last column: an RTX 3090, 100 epochs of each.
 REPORT = {"vae": {"minutes": 45}, "ddpm": {"minutes": 180}}
 DIM = 28 * 28
+SCRIPTS = {"vae": vae, "ddpm": ddpm}
 
 # How many images each measurement takes: where there is a GPU, and where minutes count.
 SIZES = {
@@ -271,15 +276,17 @@ def sampling_time(model, batch, device):
 
 
 def few_steps(model, distance, n, batch, seed, device):
-    """distance(n samples) for each number of network evaluations, ancestral and DDIM: {rule: {K: ...}}.
+    """distance(n samples) for each number of network evaluations and each rule to sample: {rule: {K: ...}}.
 
     The same noise starts every chain.
     """
-    result = {"ancestral": {}, "DDIM": {}}
-    for rule, eta in (("ancestral", 1.0), ("DDIM", 0.0)):
-        for K in sorted({min(K, model.T) for K in STEPS}):
+    rules = {"ancestral": {"eta": 1.0, "order": 1}, "DDIM": {"eta": 0.0, "order": 1},
+             "ancestral, second order": {"eta": 1.0, "order": 2}, "DDIM, second order": {"eta": 0.0, "order": 2}}
+    result = {rule: {} for rule in rules}
+    for rule, flags in rules.items():
+        for K in sorted({min(K, model.T) for K in STEPS if K < 1000 or flags["order"] == 1}):
             with common.own_randomness(seed, device):
-                result[rule][K] = distance(draw_samples(model, n, batch, device, steps=K, eta=eta))
+                result[rule][K] = distance(draw_samples(model, n, batch, device, steps=K, **flags))
     return result
 
 
@@ -609,8 +616,9 @@ def write_report(results, out):
          f"{s['bits_per_dim']:.3f} ({s['error']:.3f})"] for label, s in d["bound"]["steps"].items()])
     errors = markdown(["reconstruction", "error per pixel"], [
         [name, f"{mean:.3f} ({error:.3f})"] for name, (mean, error) in encoded["rms"].items()])
-    steps = markdown(["network evaluations", *few["ddpm"]["ancestral"]], [
-        [rule, *(f"{distance / r['floors']['steps']:.1f}" for distance in distances.values())]
+    counts = few["ddpm"]["ancestral"]
+    steps = markdown(["network evaluations", *counts], [
+        [rule, *(f"{distances[K] / r['floors']['steps']:.1f}" if K in distances else "" for K in counts)]
         for rule, distances in few["ddpm"].items()])
     maps = """![1: the reparameterization trick](figure1_reparameterization.png)
 ![Latent space](vae_latent.png)
@@ -680,6 +688,142 @@ training images; its importance-weighted bound with 256 samples is {one['importa
 ![VAE's curves](vae_curves.png)
 ![DDPM's curve](ddpm_loss.png)
 """)
+
+
+# The benchmark: python compare.py --benchmark
+
+class ReportNet(nn.Module):
+    """The report's ε-network, rebuilt from its description; like UNet, but it does not look at t.
+
+    Seven 7x7 convolutions with batch norm and ReLU at full resolution, and a 3x3 one: 16.9 M parameters.
+    """
+
+    def __init__(self):
+        super().__init__()
+        widths = (1, 64, 128, 256, 512, 256, 128, 64)
+        layers = [layer for cin, cout in zip(widths, widths[1:]) for layer in (
+            nn.Conv2d(cin, cout, 7, padding=3), nn.BatchNorm2d(cout), nn.ReLU())]
+        self.layers = nn.Sequential(*layers, nn.Conv2d(64, 1, 3, padding=1))
+
+    def forward(self, xt, t):
+        return self.layers(xt)
+
+
+def per_call(job, device, seconds=3.0):
+    """Seconds that a call of job takes, over at least three calls and so many seconds, after two to warm up."""
+    def wait():
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    job(), job(), wait()
+    calls, start = 0, time.perf_counter()
+    while calls < 3 or time.perf_counter() - start < seconds:
+        job(), wait()
+        calls += 1
+    return (time.perf_counter() - start) / calls
+
+
+def flops(job):
+    """Floating-point operations of the matrix products and convolutions in a call of job, backward included."""
+    with FlopCounterMode(display=False) as counter:
+        job()
+    return counter.get_total_flops()
+
+
+def peak_flops(device):
+    """FLOP/s that this device reaches on its best large matrix product or convolution, as autocast computes."""
+    dtype, best = torch.bfloat16 if common.has_bfloat16(device) else torch.float32, 0
+    for side in (2048, 8192) if device.type == "cuda" else (1024, 2048):
+        a = torch.randn(side, side, device=device, dtype=dtype)
+        best = max(best, 2 * side ** 3 / per_call(lambda: a @ a, device, 1))
+    for width in (64, 256):
+        x = torch.randn(64, width, 28, 28, device=device, dtype=dtype)
+        kernel = torch.randn(width, width, 3, 3, device=device, dtype=dtype)
+        x, kernel = (each.contiguous(memory_format=torch.channels_last) for each in (x, kernel))
+        job = lambda: F.conv2d(x, kernel, padding=1)
+        best = max(best, flops(job) / per_call(job, device, 1))
+    return best
+
+
+def benchmark_report_net(device, fast):
+    """Training steps and network evaluations of the report's network: two rows.  fast: as our own runs."""
+    model = ddpm.DDPM(ReportNet().to(device), shape=(1, 28, 28)).to(device)
+    if fast:
+        model.net.to(memory_format=torch.channels_last)
+    optimizer, batch = torch.optim.Adam(model.parameters(), lr=1e-3), 128 if device.type == "cuda" else 16
+    x0 = torch.rand(batch, 1, 28, 28, device=device) * 2 - 1
+    t = torch.ones(batch, dtype=torch.int64, device=device)
+
+    def loss():
+        with torch.autocast(device.type, torch.bfloat16, enabled=fast and common.has_bfloat16(device)):
+            value = model.loss(x0)
+        optimizer.zero_grad()
+        value.backward()
+
+    @torch.no_grad()
+    def evaluate():
+        with torch.autocast(device.type, torch.bfloat16, enabled=fast and common.has_bfloat16(device)):
+            model.net(x0, t)
+
+    work, seconds = flops(loss), per_call(lambda: (loss(), optimizer.step()), device)
+    memory, name = common.peak_memory(device), "the report's network" + ", bfloat16" * fast
+    model.eval()
+    return [{"what": f"training {name}", "batch": batch, "seconds": seconds, "flops": work, "memory": memory},
+            {"what": f"evaluating {name}", "batch": batch, "seconds": per_call(evaluate, device),
+             "flops": flops(evaluate), "memory": memory}]
+
+
+def benchmark_training(name, data, data_dir, device, out):
+    """The own training of vae or ddpm, its second epoch over 12,800 images: a row.  The model stays in out."""
+    script, images = SCRIPTS[name], 12800
+    script.main(["--data", data, "--data-dir", data_dir, "--device", str(device), "--out", out,
+                 "--epochs", "2", "--limit", str(images), "--overwrite"])
+    saved = common.load(Path(out) / f"{name}.pt", name)
+    first, second = saved["history"]
+    model, batch = script.load(Path(out) / f"{name}.pt", device), saved["settings"]["batch_size"]
+    x = torch.rand(batch, 1, 28, 28, device=device)
+    model.requires_grad_(True)
+    job = (lambda: torch.stack(model.elbo_terms(x)).sum().backward()) if name == "vae" else (
+        lambda: model.loss(x).backward())
+    return [{"what": f"training {name}.py", "batch": batch, "flops": flops(job),
+             "seconds": (second["seconds"] - first["seconds"]) * batch / images, "memory": saved["memory"]}]
+
+
+@torch.no_grad()
+def benchmark_sampling(name, device, out):
+    """Network evaluations while sampling: a row."""
+    model = SCRIPTS[name].load(Path(out) / f"{name}.pt", device)
+    batch, steps = SIZES[device.type]["batch"], 1 if name == "vae" else 10
+    rule = {} if name == "vae" else {"steps": steps}
+    job = lambda: draw_samples(model, batch, batch, device, **rule)
+    return [{"what": f"evaluating {name}.py's, sampling", "batch": batch, "flops": flops(job) / steps,
+             "seconds": per_call(job, device) / steps, "memory": common.peak_memory(device)}]
+
+
+def benchmark(args, device):
+    """Prints the table of speeds and writes OUT/benchmark.json.  Each row has a process of its own."""
+    with tempfile.TemporaryDirectory() as out:
+        jobs = [(benchmark_report_net, device, False)]
+        jobs += [(benchmark_report_net, device, True)] if common.has_bfloat16(device) else []
+        jobs += [(benchmark_training, name, args.data, args.data_dir, device, out) for name in SCRIPTS]
+        jobs += [(benchmark_sampling, name, device, out) for name in SCRIPTS]
+        with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:  # each with its own memory
+            peak = pool.apply(peak_flops, (device,))
+            rows = [row for job, *rest in jobs for row in pool.apply(job, rest)]
+    slow = {row["what"].split()[0]: row["seconds"] / row["batch"] for row in rows[1::-1]}
+    print(f"\n{describe(device)}, torch {torch.__version__}, {datetime.date.today()}; best large product or "
+          f"convolution: {peak / 1e9:,.0f} GFLOP/s")
+    print(f"{'':46} {'batch':>6} {'images/s':>10} {'ms/step':>9} {'MB':>6} {'GFLOP/s':>8} {'of best':>8} "
+          f"{'x the report':>13}")
+    for row in rows:
+        row |= {"images_per_second": row["batch"] / row["seconds"], "share": row["flops"] / row["seconds"] / peak}
+        row["ratio"] = slow[row["what"].split()[0]] * row["images_per_second"]
+        print(f"{row['what']:46} {row['batch']:6} {row['images_per_second']:10,.1f} {1000 * row['seconds']:9.2f} "
+              f"{row['memory'] / 1e6:6.0f} {row['flops'] / row['seconds'] / 1e9:8,.0f} {row['share']:8.1%} "
+              f"{row['ratio']:13,.1f}")
+    results = {"device": describe(device), "torch": torch.__version__, "peak_flops": peak, "rows": rows,
+               "date": datetime.date.today().isoformat()}
+    (args.out / "benchmark.json").write_text(json.dumps(results, indent=1))
+    common.farewell("compare", args.out, ["benchmark.json"], args.data)
 
 
 # All of it.
@@ -842,6 +986,8 @@ def parse(argv):
     parser = common.arguments(__doc__, EXAMPLES, epochs=None, batch_size=None, lr=None)
     parser.add_argument("--seeds", metavar="N", type=common.number(int, 1, 100), default=1,
                         help="train N pairs, from --seed upwards, to see how trainings differ")
+    parser.add_argument("--benchmark", action="store_true",
+                        help="measure speed instead: training and sampling, against the report's network")
     return parser.parse_args(argv)
 
 
@@ -849,6 +995,8 @@ def main(argv=None):
     args = parse(argv)
     device, args.data = common.pick_device(args.device), common.find_data(args.data, args.data_dir)
     args.out = out = common.output_folder(args.out)
+    if args.benchmark:
+        return benchmark(args, device)
     started = time.perf_counter()
     results = measure(args, device, out)
     results["seconds"] = time.perf_counter() - started

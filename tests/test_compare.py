@@ -466,7 +466,7 @@ def test_every_sentence_has_its_numbers(compared):
     results = read(compared[0])
     assert list(results["others"]) == ["VAE, 20-D", "autoencoder"]
     assert all(len(curve) == 1 for curve in results["curves"].values()) or len(results["curves"]) == 4
-    assert results["few_steps"]["ddpm"].keys() == {"ancestral", "DDIM"}
+    assert results["few_steps"]["ddpm"].keys() > {"ancestral", "DDIM"}
     assert len(results["encoded"]["rms"]) == 8 and results["encoded"]["rms"]["all black"][0] > 0.1
     assert results["floors"].keys() == {"samples", "curve", "steps"} and min(results["floors"].values()) > 0
     assert results["test"]["copies"] < 0.05 < results["real"]["copies"]
