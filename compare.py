@@ -186,7 +186,7 @@ def vae_bound(model, x_train, x_test, seed):
     return {"n": len(x_test), "sigma": sigma, "bits_per_dim": total, "error": error,
             "reconstruction": bits(-reconstruction).mean().item(), "kl": bits(kl).mean().item(),
             "importance_weighted_256": bits(-tighter).mean().item(),
-            "gap": bits(reconstruction - kl - tighter).neg().mean().item()}
+            "gap": bits(reconstruction - kl - tighter).neg().mean().item()}  # ≤ the KL of KW (1)
 
 
 @torch.no_grad()
@@ -314,7 +314,7 @@ def figure_reparameterization(model, x, labels, path, data):
     """Report figure 1: ε, z = μ + σ ⊙ ε and the decoded image, for digits x (N, 1, 28, 28) and the same ε."""
     eps = torch.randn(60, model.latent_dim, device=x.device)
     mu, logvar = model.encode(x)
-    z = mu[:, None] + (0.5 * logvar).exp()[:, None] * eps  # (N, 60, latent_dim): KW (10)
+    z = mu[:, None] + (0.5 * logvar).exp()[:, None] * eps  # (N, 60, latent_dim)   KW (10)
     images = model.decode(z[:, :3]).cpu()
     figure = Figure(figsize=(11, 4.2), dpi=130)
     figure.suptitle(f"The reparameterization trick in the latent space of the VAE, {data}", y=1.02)
