@@ -53,7 +53,7 @@ def make_alpha_bar(schedule, T):
     β_t is the variance of the noise that step t adds.  Ho (2), report (32)
     linear: β_t from 1e-4 to 0.02 (Ho, section 4); where T is not 1000, times 1000/T, so that x_T is always
     noise.  cosine: Nichol & Dhariwal 2021 (17).  logsnr: log ᾱ_t/(1-ᾱ_t) falls linearly from 13.3 to -5, so
-    that L_simple is the bound up to constants (Kingma et al. 2021): the schedule for likelihood.
+    that L_simple on ε is the bound up to constants (Kingma et al. 2021): the schedule for likelihood.
     """
     t = torch.arange(T + 1, dtype=torch.float64)
     if schedule == "linear":
@@ -107,8 +107,8 @@ class DDPM(nn.Module):
         self.net, self.predict, self.sigma, self.clip, self.shape = net, predict, sigma, clip, shape
         alpha_bar = make_alpha_bar(schedule, T) if isinstance(schedule, str) else schedule.double()
         self.T = len(alpha_bar) - 1
-        alpha_bar_prev = torch.cat([alpha_bar[:1], alpha_bar[:-1]])  # ᾱ_{t-1}; entry 0 is never used
-        alpha = alpha_bar / alpha_bar_prev
+        alpha_bar_prev = torch.cat([alpha_bar[:1], alpha_bar[:-1]])  # ᾱ_{t-1}, in entry 0 ᾱ_0
+        alpha = alpha_bar / alpha_bar_prev  # 1 in entry 0, and so β_0 = 0
         beta = 1 - alpha
         one_minus = (1 - alpha_bar).clamp(min=1e-300)  # 1 - ᾱ_t, without 0/0 in entry 0
         tables = dict(
@@ -306,6 +306,7 @@ class DDPM(nn.Module):
         """
         if not 1 <= steps <= self.T:
             raise ValueError(f"steps must be from 1 to T = {self.T}, not {steps}")
+        # τ_0 = 0 < τ_1 < ... < τ_steps = T: step i of the new chain is at time τ_i of this one
         tau = torch.linspace(0, self.T, steps + 1, dtype=torch.float64).round().long().to(self.beta.device)
         chain = DDPM(lambda xt, t: self.predict_x0(xt, tau[t]), schedule=self.alpha_bar[tau], predict="x0",
                      sigma=self.sigma, clip=self.clip, shape=self.shape).to(self.beta.device)
@@ -372,7 +373,10 @@ class DDPM(nn.Module):
 # The network.
 
 class Block(nn.Module):
-    """Two convolutions with t between them, added to the input: (B, cin, H, W) -> (B, cout, H, W)."""
+    """Two convolutions, between them a scale and a shift by t (FiLM, Perez et al. 2018), added to the input.
+
+    h (B, cin, H, W), e (B, embed), which is t embedded -> (B, cout, H, W).
+    """
 
     def __init__(self, cin, cout, embed):
         super().__init__()
@@ -414,7 +418,7 @@ class UNet(nn.Module):
         nn.init.zeros_(self.leave.weight)
 
     def forward(self, xt, t):
-        # the sinusoids of Vaswani et al. 2017, section 3.5, of t as their position
+        # sin and cos of t 10000^(-i/width), i = 0 ... width-1: Vaswani et al. 2017, section 3.5, t for position
         frequency = torch.exp(-math.log(10000) * torch.arange(self.width, device=t.device) / self.width)
         angle = t[:, None] * frequency  # (B, width)
         e = self.time(torch.cat([angle.sin(), angle.cos()], dim=1))  # (B, embed)
