@@ -191,7 +191,7 @@ def vae_bound(model, x_train, x_test, seed):
     return {"n": len(x_test), "sigma": sigma, "bits_per_dim": total, "error": error,
             "reconstruction": bits(-reconstruction).mean().item(), "kl": bits(kl).mean().item(),
             "importance_weighted_256": bits(-tighter).mean().item(),
-            "gap": bits(reconstruction - kl - tighter).neg().mean().item()}
+            "gap": bits(reconstruction - kl - tighter).neg().mean().item()}  # ≤ the KL of KW (1)
 
 
 @torch.no_grad()
@@ -280,11 +280,11 @@ def few_steps(model, distance, n, batch, seed, device):
 
     The same noise starts every chain.
     """
-    rules = {"ancestral": {"eta": 1.0, "order": 1}, "DDIM": {"eta": 0.0, "order": 1},
-             "ancestral, second order": {"eta": 1.0, "order": 2}, "DDIM, second order": {"eta": 0.0, "order": 2}}
-    result = {rule: {} for rule in rules}
-    for rule, flags in rules.items():
-        for K in sorted({min(K, model.T) for K in STEPS if K < 1000 or flags["order"] == 1}):
+    result = {}
+    for rule, eta, order in (("ancestral", 1.0, 1), ("DDIM", 0.0, 1),
+                             ("ancestral, second order", 1.0, 2), ("DDIM, second order", 0.0, 2)):
+        result[rule], flags = {}, {"eta": eta, "order": order}
+        for K in sorted({min(K, model.T) for K in STEPS if K < 1000 or order == 1}):
             with common.own_randomness(seed, device):
                 result[rule][K] = distance(draw_samples(model, n, batch, device, steps=K, **flags))
     return result
@@ -321,7 +321,7 @@ def figure_reparameterization(model, x, labels, path, data):
     """Report figure 1: ε, z = μ + σ ⊙ ε and the decoded image, for digits x (N, 1, 28, 28) and the same ε."""
     eps = torch.randn(60, model.latent_dim, device=x.device)
     mu, logvar = model.encode(x)
-    z = mu[:, None] + (0.5 * logvar).exp()[:, None] * eps  # (N, 60, latent_dim): KW (10)
+    z = mu[:, None] + (0.5 * logvar).exp()[:, None] * eps  # (N, 60, latent_dim)   KW (10)
     images = model.decode(z[:, :3]).cpu()
     figure = Figure(figsize=(11, 4.2), dpi=130)
     figure.suptitle(f"The reparameterization trick in the latent space of the VAE, {data}", y=1.02)
@@ -710,7 +710,7 @@ class ReportNet(nn.Module):
 
 
 def per_call(job, device, seconds=3.0):
-    """Seconds that a call of job takes, over at least three calls and so many seconds, after two to warm up."""
+    """Seconds that a call of job takes, over at least three calls and so many seconds, two calls first."""
     def wait():
         if device.type == "cuda":
             torch.cuda.synchronize(device)
@@ -723,14 +723,14 @@ def per_call(job, device, seconds=3.0):
 
 
 def flops(job):
-    """Floating-point operations of the matrix products and convolutions in a call of job, backward included."""
+    """Floating-point operations of all matrix products and convolutions in a call of job."""
     with FlopCounterMode(display=False) as counter:
         job()
     return counter.get_total_flops()
 
 
 def peak_flops(device):
-    """FLOP/s that this device reaches on its best large matrix product or convolution, as autocast computes."""
+    """FLOP/s of this device in its best large matrix product or convolution, in autocast's precision."""
     dtype, best = torch.bfloat16 if common.has_bfloat16(device) else torch.float32, 0
     for side in (2048, 8192) if device.type == "cuda" else (1024, 2048):
         a = torch.randn(side, side, device=device, dtype=dtype)
@@ -773,7 +773,7 @@ def benchmark_report_net(device, fast):
 
 
 def benchmark_training(name, data, data_dir, device, out):
-    """The own training of vae or ddpm, its second epoch over 12,800 images: a row.  The model stays in out."""
+    """A row: what vae.py or ddpm.py trains, its second epoch over 12,800 images.  The model stays in out."""
     script, images = SCRIPTS[name], 12800
     script.main(["--data", data, "--data-dir", data_dir, "--device", str(device), "--out", out,
                  "--epochs", "2", "--limit", str(images), "--overwrite"])
@@ -806,7 +806,7 @@ def benchmark(args, device):
         jobs += [(benchmark_report_net, device, True)] if common.has_bfloat16(device) else []
         jobs += [(benchmark_training, name, args.data, args.data_dir, device, out) for name in SCRIPTS]
         jobs += [(benchmark_sampling, name, device, out) for name in SCRIPTS]
-        with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:  # each with its own memory
+        with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
             peak = pool.apply(peak_flops, (device,))
             rows = [row for job, *rest in jobs for row in pool.apply(job, rest)]
     slow = {row["what"].split()[0]: row["seconds"] / row["batch"] for row in rows[1::-1]}
@@ -815,11 +815,12 @@ def benchmark(args, device):
     print(f"{'':46} {'batch':>6} {'images/s':>10} {'ms/step':>9} {'MB':>6} {'GFLOP/s':>8} {'of best':>8} "
           f"{'x the report':>13}")
     for row in rows:
-        row |= {"images_per_second": row["batch"] / row["seconds"], "share": row["flops"] / row["seconds"] / peak}
+        row["images_per_second"] = row["batch"] / row["seconds"]
+        row["share"] = row["flops"] / row["seconds"] / peak
         row["ratio"] = slow[row["what"].split()[0]] * row["images_per_second"]
-        print(f"{row['what']:46} {row['batch']:6} {row['images_per_second']:10,.1f} {1000 * row['seconds']:9.2f} "
-              f"{row['memory'] / 1e6:6.0f} {row['flops'] / row['seconds'] / 1e9:8,.0f} {row['share']:8.1%} "
-              f"{row['ratio']:13,.1f}")
+        print(f"{row['what']:46} {row['batch']:6} {row['images_per_second']:10,.1f} "
+              f"{1000 * row['seconds']:9.2f} {row['memory'] / 1e6:6.0f} "
+              f"{row['flops'] / row['seconds'] / 1e9:8,.0f} {row['share']:8.1%} {row['ratio']:13,.1f}")
     results = {"device": describe(device), "torch": torch.__version__, "peak_flops": peak, "rows": rows,
                "date": datetime.date.today().isoformat()}
     (args.out / "benchmark.json").write_text(json.dumps(results, indent=1))
@@ -840,7 +841,8 @@ def trained(script, args, out, watch, **own):
         flags |= settings
         print(f"compare: {path} as it is, {settings['epochs']} epochs, seed {settings['seed']}", flush=True)
     else:
-        flags |= own or {name: getattr(args, name) for name in ("limit", "epochs", "batch_size", "lr", "seed")}
+        own = own or {name: getattr(args, name) for name in ("limit", "epochs", "batch_size", "lr", "seed")}
+        flags |= own
     argv = []
     for name, setting in flags.items():
         if setting is not None and setting is not False:  # 0 is a value

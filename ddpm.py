@@ -4,7 +4,7 @@ Ho, Jain & Abbeel 2020, "Denoising Diffusion Probabilistic Models" (arXiv:2006.1
 report is the course report whose experiment this redoes (see README.md).  q adds noise to an image x_0 in T
 fixed steps, p takes it away again in T learned ones, and p is trained to raise a lower bound on log p(x_0):
 
-    -log p(x_0)  <=  L_T + Σ_{t=2..T} L_{t-1} + L_0                                                Ho (5)
+    -log p(x_0)  <=  L_T + Σ_{t=2..T} L_{t-1} + L_0               Ho (3) and (5), report (54) and (64)
     L_T     = KL(q(x_T|x_0) || N(0, I))
     L_{t-1} = E_q KL(q(x_{t-1}|x_t, x_0) || p(x_{t-1}|x_t))
     L_0     = E_q[-log p(x_0|x_1)]
@@ -27,7 +27,7 @@ EXAMPLES = """\
   python ddpm.py                           train, then draw samples, a trajectory and the loss curve
   python ddpm.py --sample 64 --steps 20    draw 64 digits from the checkpoint in results/, in 20 steps
   python ddpm.py --predict eps --optimizer adam --out results/report    as in the report
-  python ddpm.py --schedule logsnr --fourier --out results/bits     trained for likelihood"""
+  python ddpm.py --predict eps --schedule logsnr --fourier --out results/bits     for likelihood"""
 
 
 def to_model(x):
@@ -50,19 +50,20 @@ def at(table, t, x):
 def make_alpha_bar(schedule, T):
     """ᾱ_0 ... ᾱ_T in float64, (T+1,), falling from 1: the share of x_0's variance that is left at t.
 
+    β_t is the variance of the noise that step t adds.  Ho (2), report (32)
     linear: β_t from 1e-4 to 0.02 (Ho, section 4); where T is not 1000, times 1000/T, so that x_T is always
     noise.  cosine: Nichol & Dhariwal 2021 (17).  logsnr: log ᾱ_t/(1-ᾱ_t) falls linearly from 13.3 to -5, so
-    that L_simple is the bound up to constants (Kingma et al. 2021): the schedule for likelihood.
+    that L_simple on ε is the bound up to constants (Kingma et al. 2021): the schedule for likelihood.
     """
-    t = torch.arange(T + 1, dtype=torch.float64)
     if schedule == "linear":
-        beta = torch.linspace(1e-4, 0.02, T, dtype=torch.float64) * 1000 / T
+        beta = torch.linspace(1e-4, 0.02, T, dtype=torch.float64) * 1000 / T  # β_1 ... β_T, (T,)
     elif schedule == "cosine":
+        t = torch.arange(T + 1, dtype=torch.float64)
         f = torch.cos((t / T + 0.008) / 1.008 * math.pi / 2) ** 2
         beta = 1 - f[1:] / f[:-1]
     elif schedule == "logsnr":
         log_snr = torch.linspace(13.3, -5, T, dtype=torch.float64)
-        return torch.cat([torch.ones(1, dtype=torch.float64), log_snr.sigmoid()])
+        return torch.cat([torch.ones(1, dtype=torch.float64), log_snr.sigmoid()])  # log ᾱ/(1-ᾱ) solved for ᾱ
     else:
         raise ValueError(f"schedule must be linear, cosine or logsnr, not {schedule!r}")
     alpha = 1 - beta.clamp(max=0.999)
@@ -77,10 +78,11 @@ def log_discretized_normal(x0, mean, sigma):
     """
     level, mean = ((x0.double() + 1) * 127.5).round(), mean.double()  # 0 ... 255; neighbours share their edge
     inf = torch.tensor(math.inf, dtype=level.dtype, device=level.device)
-    high = torch.where(level == 255, inf, ((level + 0.5) / 127.5 - 1 - mean) / sigma)  # Ho (13): δ_+
-    low = torch.where(level == 0, -inf, ((level - 0.5) / 127.5 - 1 - mean) / sigma)  # Ho (13): δ_-
+    high = torch.where(level == 255, inf, ((level + 0.5) / 127.5 - 1 - mean) / sigma)  # δ_+(x_0)   Ho (13)
+    low = torch.where(level == 0, -inf, ((level - 0.5) / 127.5 - 1 - mean) / sigma)  # δ_-(x_0)   Ho (13)
     # Φ(high) - Φ(low) = Φ(-low) - Φ(-high): in the upper tail, where Φ is 1 to all digits, take the second
     high, low = torch.where(low > 0, -low, high), torch.where(low > 0, -high, low)
+    # log(Φ(high) - Φ(low)) = log Φ(high) + log(1 - exp(log Φ(low) - log Φ(high)))
     log_high, log_low = torch.special.log_ndtr(high), torch.special.log_ndtr(low)
     return (log_high + torch.log(-torch.expm1(log_low - log_high))).flatten(1).sum(1)  # Ho (13)
 
@@ -105,8 +107,8 @@ class DDPM(nn.Module):
         self.net, self.predict, self.sigma, self.clip, self.shape = net, predict, sigma, clip, shape
         alpha_bar = make_alpha_bar(schedule, T) if isinstance(schedule, str) else schedule.double()
         self.T = len(alpha_bar) - 1
-        alpha_bar_prev = torch.cat([alpha_bar[:1], alpha_bar[:-1]])  # ᾱ_{t-1}; entry 0 is never used
-        alpha = alpha_bar / alpha_bar_prev
+        alpha_bar_prev = torch.cat([alpha_bar[:1], alpha_bar[:-1]])  # ᾱ_{t-1}, in entry 0 ᾱ_0
+        alpha = alpha_bar / alpha_bar_prev  # 1 in entry 0, and so β_0 = 0
         beta = 1 - alpha
         one_minus = (1 - alpha_bar).clamp(min=1e-300)  # 1 - ᾱ_t, without 0/0 in entry 0
         tables = dict(
@@ -143,7 +145,7 @@ class DDPM(nn.Module):
         return (xt - at(self.alpha_bar.sqrt(), t, xt) * x0) / at((1 - self.alpha_bar).sqrt(), t, xt)  # Ho (4)
 
     def mu_from_eps(self, xt, t, eps):
-        """μ̃_t = (x_t - β_t/√(1-ᾱ_t) ε) / √α_t"""
+        """μ̃_t = (x_t - β_t/√(1-ᾱ_t) ε) / √α_t, which is μ_θ for ε = ε_θ(x_t, t): report (72)"""
         scale = self.beta / (1 - self.alpha_bar).clamp(min=1e-300).sqrt()
         return (xt - at(scale, t, xt) * eps) / at(self.alpha.sqrt(), t, xt)  # Ho (10) and (11), report (68)
 
@@ -200,7 +202,7 @@ class DDPM(nn.Module):
     def p_mean_variance(self, xt, t):
         """p(x_{t-1}|x_t) = N(mean, variance I): mean like xt, variance (B, 1, 1, 1).  Ho (1), report (42)
 
-        The mean is q's with x̂_0 for x_0; for predict="eps" without clipping that is Ho (11).
+        The mean is q's with x̂_0 for x_0; for predict="eps" without clipping that is Ho (11), report (72)
         """
         mean, _ = self.q_posterior(self.predict_x0(xt, t), xt, t)
         return mean, at(self.variance, t, xt)
@@ -208,10 +210,10 @@ class DDPM(nn.Module):
     # The losses and the bound.
 
     def loss(self, x0, t=None, eps=None, weighting="simple"):
-        """A draw of the training loss: x0 (B, C, H, W) -> scalar.
+        """A draw of the training loss: x0 (B, C, H, W) -> scalar.  Ho, Algorithm 1
 
         simple: the mean squared error per pixel of what the network predicts.  Ho (14), report (74)
-        vlb: the bound without its constant L_T: T L_{t-1} at a random t, in bits/dim.  Ho (5), report (73)
+        vlb: the bound without its constant L_T: T L_{t-1} at a random t, in bits/dim.  Ho (5), report (54)
         t (B,) and eps, like x0, are drawn unless given.
         """
         if t is None:
@@ -221,25 +223,25 @@ class DDPM(nn.Module):
         if weighting == "simple":
             target = {"eps": lambda: eps, "x0": lambda: x0, "mu": lambda: self.q_posterior(x0, xt, t)[0],
                       "v": lambda: self.v_from_x0(xt, t, x0)}[self.predict]()
-            return F.mse_loss(self.net(xt, t).to(xt.dtype), target)  # Ho (14), per pixel
+            return F.mse_loss(self.net(xt, t).to(xt.dtype), target)  # per pixel   Ho (14)
         x0_hat = self.predict_x0(xt, t, clip=False)  # a clipped pixel would have no gradient
         error = (x0 - x0_hat).pow(2).flatten(1).sum(1)  # (B,)
         # where t > 1, L_0 is not used; x0 for its mean keeps its gradient from being nan
         mean = torch.where((t == 1).view(-1, 1, 1, 1), x0_hat, x0)
-        L_0 = -log_discretized_normal(x0, mean, self.decoder_scale(mean))
+        L_0 = -log_discretized_normal(x0, mean, self.decoder_scale(mean))  # Ho (13)
         dim = x0[0].numel()
         L = torch.where(t == 1, L_0, self.kl(error, t, dim))  # (B,) nats
-        return self.T * L.mean() / (dim * math.log(2))
+        return self.T * L.mean() / (dim * math.log(2))  # E_t[T L_{t-1}] = Σ_t L_{t-1}   Ho (5)
 
     def kl(self, error, t, dim):
         """L_{t-1} for t > 1 in nats, closed form, from error = ‖x_0 - x̂_0‖²: error and t (...) -> (...).
 
         KL(N(μ̃_t, β̃_t I) || N(μ_θ, σ_t² I)), whose means differ by c_x0 (x_0 - x̂_0), in dim dimensions.
-        Ho (8), report (69)
+        Ho (8), report (69); its last term, written in ε, is Ho (12), report (73)
         """
         ratio = (self.beta_tilde / self.variance)[t]
         gap = self.c_x0[t] ** 2 * error  # ‖μ̃_t - μ_θ‖²
-        return 0.5 * (dim * (ratio - 1 - ratio.log()) + gap / self.variance[t])  # Ho (8) and its constant
+        return 0.5 * (dim * (ratio - 1 - ratio.log()) + gap / self.variance[t])  # with its constant   Ho (8)
 
     @torch.no_grad()
     def x0_errors(self, x0):
@@ -269,8 +271,8 @@ class DDPM(nn.Module):
         L_0 = -log_discretized_normal(x0, x0_hat, self.decoder_scale(x0_hat))  # Ho (13)
         t = torch.arange(2, self.T + 1, device=x0.device)
         L_between = self.kl(errors[:, 2:], t, x0[0].numel())  # Ho (8)
-        a = self.alpha_bar[-1]
-        # KL(q(x_T|x_0) || N(0, I)) with q's mean √ᾱ_T x_0 and variance 1-ᾱ_T
+        a = self.alpha_bar[-1]  # ᾱ_T
+        # KL(N(√a x_0, (1-a) I) || N(0, I)) = ½ Σ (a x_0² - a - log(1-a)), over the pixels
         L_T = 0.5 * (a * x0.double() ** 2 - a - torch.log1p(-a)).flatten(1).sum(1)
         return torch.cat([L_0[:, None], L_between, L_T[:, None]], dim=1)
 
@@ -304,6 +306,7 @@ class DDPM(nn.Module):
         """
         if not 1 <= steps <= self.T:
             raise ValueError(f"steps must be from 1 to T = {self.T}, not {steps}")
+        # τ_0 = 0 < τ_1 < ... < τ_steps = T: step i of the new chain is at time τ_i of this one
         tau = torch.linspace(0, self.T, steps + 1, dtype=torch.float64).round().long().to(self.beta.device)
         chain = DDPM(lambda xt, t: self.predict_x0(xt, tau[t]), schedule=self.alpha_bar[tau], predict="x0",
                      sigma=self.sigma, clip=self.clip, shape=self.shape).to(self.beta.device)
@@ -313,37 +316,38 @@ class DDPM(nn.Module):
             chain.decoder_sigma.copy_(self.decoder_sigma)
         return chain
 
-    def ddim_mean(self, x0, xt, t, eta):
+    def ddim_mean(self, x0_hat, xt, t, eta):
         """√ᾱ_{t-1} x̂_0 + √(1-ᾱ_{t-1}-η²β̃_t) ε̂: with noise of variance η²β̃_t it is q(x_{t-1}|x_0) again.
 
         For η = 1 it is μ̃_t, for η = 0 there is no noise at all.  Song et al. 2021 (12)
         """
         spread = (1 - self.alpha_bar_prev - eta ** 2 * self.beta_tilde).clamp(min=0)
-        eps = self.eps_from_x0(xt, t, x0)
-        return at(self.alpha_bar_prev.sqrt(), t, xt) * x0 + at(spread.sqrt(), t, xt) * eps
+        eps = self.eps_from_x0(xt, t, x0_hat)
+        return at(self.alpha_bar_prev.sqrt(), t, xt) * x0_hat + at(spread.sqrt(), t, xt) * eps
 
     @torch.no_grad()
     def trajectory(self, xt, eta=1.0, start=None, order=1):
         """Yields (t, x_t, x̂_0) for t = start ... 1, last (0, x_0, x_0): like xt, on the scale [-1, 1].
 
-        xt (B, C, H, W) is x_start; start=None stands for T.  Ho, Algorithm 2; eta < 1: Song et al. 2021 (12).
+        xt (B, C, H, W) is x_start; start=None stands for T.
+        eta = 1: Ho, Algorithm 2, a draw from Ho (1), report (43); less: Song et al. 2021 (12)
         order=2: x̂_0 changes on the way to t-1, so it is drawn on to the middle of the step, on the scale of
         half the log-SNR λ, along its last change: fewer steps do as well.  Lu et al. 2022, "DPM-Solver++", 2M
         """
         variance, before = self.variance, None
-        half_log_snr = 0.5 * (self.alpha_bar.log() - (1 - self.alpha_bar).log())  # λ_t; infinite at t = 0
+        half_log_snr = 0.5 * (self.alpha_bar.log() - (1 - self.alpha_bar).log())  # λ_t, infinite at t = 0
         for s in range(start or self.T, 0, -1):  # line 2
             t = torch.full((len(xt),), s, device=xt.device)
-            x0 = self.predict_x0(xt, t)
-            yield s, xt, x0
-            slope, before = x0 - x0 if before is None else x0 - before, x0
-            if order == 2 and 1 < s < self.T:
+            now = x0_hat = self.predict_x0(xt, t)
+            yield s, xt, x0_hat
+            if order == 2 and before is not None and s > 1:
                 h, h_before = half_log_snr[s - 1] - half_log_snr[s], half_log_snr[s] - half_log_snr[s + 1]
-                x0 = x0 + (0.5 * h / h_before).to(x0.dtype) * slope
+                x0_hat = now + (0.5 * h / h_before).to(now.dtype) * (now - before)
+            before = now
             if eta == 1:
-                mean, _ = self.q_posterior(x0, xt, t)  # μ_θ: μ̃_t with x̂_0 for x_0   Ho (7) and (11)
+                mean, _ = self.q_posterior(x0_hat, xt, t)  # μ_θ: μ̃_t with x̂_0 for x_0   Ho (7) and (11)
             else:
-                mean = self.ddim_mean(x0, xt, t, eta)
+                mean = self.ddim_mean(x0_hat, xt, t, eta)
             z = torch.randn_like(xt) if s > 1 else torch.zeros_like(xt)  # line 3
             xt = mean + eta * at(variance.sqrt(), t, xt) * z  # line 4
         yield 0, xt, xt
@@ -378,7 +382,10 @@ class DDPM(nn.Module):
 # The network.
 
 class Block(nn.Module):
-    """Two convolutions with t between them, added to the input: (B, cin, H, W) -> (B, cout, H, W)."""
+    """Two convolutions, between them a scale and a shift by t (FiLM, Perez et al. 2018), added to the input.
+
+    h (B, cin, H, W), e (B, embed), which is t embedded -> (B, cout, H, W).
+    """
 
     def __init__(self, cin, cout, embed):
         super().__init__()
@@ -420,7 +427,7 @@ class UNet(nn.Module):
         nn.init.zeros_(self.leave.weight)
 
     def forward(self, xt, t):
-        # the sinusoids of Vaswani et al. 2017, section 3.5, of t as their position
+        # sin and cos of t 10000^(-i/width), i = 0 ... width-1: Vaswani et al. 2017, section 3.5
         frequency = torch.exp(-math.log(10000) * torch.arange(self.width, device=t.device) / self.width)
         angle = t[:, None] * frequency  # (B, width)
         e = self.time(torch.cat([angle.sin(), angle.cos()], dim=1))  # (B, embed)

@@ -4,7 +4,7 @@ Kingma & Welling 2014, "Auto-Encoding Variational Bayes" (arXiv:1312.6114), is K
 is the course report whose experiment this redoes (see README.md).  x is an image, z its latent; the
 encoder gives q(z|x), the decoder p(x|z), and both are trained to raise a lower bound on log p(x):
 
-    log p(x)  >=  ELBO  =  E_q(z|x)[log p(x|z)]  -  KL(q(z|x) || p(z)),     p(z) = N(0, I)        KW (3)
+    log p(x)  >=  ELBO  =  E_q(z|x)[log p(x|z)]  -  KL(q(z|x) || p(z)),  p(z) = N(0, I)   KW (3), report (16)
 
 Images are float tensors (B, 1, 28, 28) in [0, 1]; a bound is in nats per image.
 """
@@ -28,13 +28,13 @@ EXAMPLES = """\
 # The bound.
 
 def log_normal(x, mu, logvar):
-    """log N(x; mu, exp(logvar) I) in nats, summed over the last axis: (..., n) -> (...)."""
+    """log N(x; mu, exp(logvar) I) in nats, summed over the last axis: (..., n) -> (...).  Report (26)"""
     return -0.5 * (math.log(2 * math.pi) + logvar + (x - mu) ** 2 / logvar.exp()).sum(-1)  # KW (9)
 
 
 def kl_to_prior(mu, logvar):
-    """KL(N(mu, exp(logvar) I) || N(0, I)) in nats, in closed form: (..., n) -> (...).  KW appendix B."""
-    return -0.5 * (1 + logvar - mu ** 2 - logvar.exp()).sum(-1)  # KW (10)
+    """KL(N(mu, exp(logvar) I) || N(0, I)) in nats, in closed form: (..., n) -> (...).  KW, appendix B"""
+    return -0.5 * (1 + logvar - mu ** 2 - logvar.exp()).sum(-1)  # KW (10), report (24)
 
 
 def log_bernoulli(x, logits):
@@ -42,6 +42,7 @@ def log_bernoulli(x, logits):
 
     A likelihood for x in {0, 1}.  On gray x it is the customary score, but no likelihood: over the 256 gray
     levels it does not sum to 1, so these nats must not be compared with another model's.
+    Report (28) and (29)
     """
     x, logits = torch.broadcast_tensors(x, logits)
     return -F.binary_cross_entropy_with_logits(logits, x, reduction="none").sum(-1)  # KW (11), report (30)
@@ -51,7 +52,8 @@ def log_discretized_normal(x, mean, sigma):
     """log P(x) in nats of 8-bit pixels: each level gets the normal's mass within half a level of it.
 
     x (..., D) in {0, 1/255, ..., 1}, mean like x, sigma > 0 a scalar; returns (...).  Black and white also
-    get the tail beyond them, so that the 256 levels' probabilities sum to 1.  Ho et al. 2020 (13), on [0, 1].
+    get the tail beyond them, so that the 256 levels' probabilities sum to 1.
+    On [0, 1], where Ho et al. 2020 (arXiv:2006.11239) have [-1, 1].  Ho (13)
     """
     level, mean = (x.double() * 255).round(), mean.double()  # 0 ... 255; neighbours share their edge
     inf = torch.tensor(math.inf, dtype=level.dtype, device=level.device)
@@ -59,6 +61,7 @@ def log_discretized_normal(x, mean, sigma):
     low = torch.where(level == 0, -inf, ((level - 0.5) / 255 - mean) / sigma)
     # Φ(high) - Φ(low) = Φ(-low) - Φ(-high): in the upper tail, where Φ is 1 to all digits, take the second
     high, low = torch.where(low > 0, -low, high), torch.where(low > 0, -high, low)
+    # log(Φ(high) - Φ(low)) = log Φ(high) + log(1 - exp(log Φ(low) - log Φ(high)))
     log_high, log_low = torch.special.log_ndtr(high), torch.special.log_ndtr(low)
     return (log_high + torch.log(-torch.expm1(log_low - log_high))).sum(-1)  # Ho (13)
 
@@ -85,12 +88,12 @@ class VAE(nn.Module):
         self.logvar_x = nn.Parameter(torch.tensor(-2.0)) if likelihood == "gaussian" else None
 
     def encode(self, x):
-        """q(z|x) = N(mu, exp(logvar) I): x (B, 1, 28, 28) -> mu, logvar, each (B, latent_dim).  KW (9)"""
-        mu, logvar = self.encoder(x.flatten(1)).float().chunk(2, dim=-1)
+        """q(z|x) = N(mu, exp(logvar) I): x (B, 1, 28, 28) -> mu, logvar, each (B, latent_dim)."""
+        mu, logvar = self.encoder(x.flatten(1)).float().chunk(2, dim=-1)  # KW (9), report (22)
         return mu, logvar
 
     def reparameterize(self, mu, logvar):
-        """A sample of q(z|x) through which the gradient reaches mu and logvar: like mu."""
+        """A sample of q(z|x), like mu; the gradient passes to mu and logvar.  KW (4), report (18)"""
         return mu + (0.5 * logvar).exp() * torch.randn_like(mu)  # z = μ + σ ⊙ ε, ε ~ N(0, I)   KW (10)
 
     def decode(self, z):
@@ -114,18 +117,22 @@ class VAE(nn.Module):
         """The two terms of the bound, with L = samples draws of z: estimator B, the training loss.
 
         x (B, 1, 28, 28) -> reconstruction, kl, each (B,) in nats per image; ELBO = reconstruction - kl.
-        The mean is over log-likelihoods, never over latents.  sigma: see log_likelihood.  KW (7), report (21)
+        The mean is over log-likelihoods, never over latents.  sigma: see log_likelihood.
+        KW (5), (7) and (10), report (19), (21), (23) and (24); with either likelihood report (27) and (31)
         """
         mu, logvar = self.encode(x)
         z = self.reparameterize(mu.expand(samples, -1, -1), logvar.expand(samples, -1, -1))  # (L, B, latent)
         return self.log_likelihood(x, z, sigma).mean(0), kl_to_prior(mu, logvar)  # KW (7), report (21)
 
     def log_weights(self, x, samples=1, sigma=None):
-        """log p(x, z) - log q(z|x) for z ~ q(z|x): x (B, 1, 28, 28) -> (samples, B) in nats."""
+        """log p(x, z) - log q(z|x) for z ~ q(z|x): x (B, 1, 28, 28) -> (samples, B) in nats.
+
+        Its mean is the ELBO.  KW (2), report (8)
+        """
         mu, logvar = self.encode(x)
         mu, logvar = mu.expand(samples, -1, -1), logvar.expand(samples, -1, -1)
         z = self.reparameterize(mu, logvar)
-        log_prior = log_normal(z, torch.zeros_like(z), torch.zeros_like(z))
+        log_prior = log_normal(z, torch.zeros_like(z), torch.zeros_like(z))  # log N(z; 0, I)
         return self.log_likelihood(x, z, sigma) + log_prior - log_normal(z, mu, logvar)
 
     def elbo_a(self, x, samples=1, sigma=None):
@@ -138,8 +145,10 @@ class VAE(nn.Module):
     def importance_bound(self, x, samples, sigma=None):
         """A bound between ELBO and log p(x) that rises to log p(x) with samples: x -> (B,) nats.
 
-        Its distance from the ELBO estimates KL(q(z|x) || p(z|x)) (KW (1)).  Burda et al. 2016, eq. 8.
+        Its distance from the ELBO estimates KL(q(z|x) || p(z|x)).  KW (1), report (11)
+        Burda et al. 2016, eq. 8
         """
+        # log 1/L Σ_l p(x, z_l) / q(z_l|x)
         return self.log_weights(x, samples, sigma).logsumexp(0) - math.log(samples)
 
     def fit_sigma(self, x):
@@ -164,7 +173,7 @@ SETTINGS = ["latent_dim", "likelihood", "kl_weight", "data", "limit", "epochs", 
 
 
 def train(args, device, watch=None):
-    """Maximizes the ELBO by Adam.  Returns the model and the run.
+    """Maximizes the ELBO by Adam.  Returns the model and the run.  KW, Algorithm 1; report (15)
 
     common.Run shuffles the images, keeps OUT/vae.pt after each epoch and at Ctrl-C, takes it up again, and
     stops where the loss is not finite.  watch(model, epoch) -> a dict of more numbers for the history.
@@ -185,7 +194,7 @@ def train(args, device, watch=None):
             x = x_train[batch] / 255  # (B, 1, 28, 28) in [0, 1]
             with common.autocast(device):
                 reconstruction, kl = model.elbo_terms(x)  # (B,) nats each
-            loss = (args.kl_weight * kl - reconstruction).mean()  # -ELBO, if the weight is 1
+            loss = (args.kl_weight * kl - reconstruction).mean()  # mean of -ELBO, if the weight is 1   KW (8)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

@@ -402,6 +402,30 @@ def test_ddim_encodes_to_noise_and_comes_back(trained_gaussian):
     assert ends[200] < ends[20] / 5  # of first order
 
 
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_the_second_order_loses_less_of_the_spread_in_few_steps(trained_gaussian, eta):
+    for steps in 10, 20, 40:
+        chain, error = trained_gaussian.respace(steps), {}
+        chain.sigma = "posterior"
+        for order in 1, 2:
+            torch.manual_seed(0)
+            *_, (_, x0, _) = chain.trajectory(torch.randn(5000, *TINY, dtype=F64), eta, order=order)
+            error[order] = abs(x0.std().item() - S)
+        assert error[2] < 0.96 * error[1]
+
+
+def test_the_second_order_takes_a_straight_line_exactly():
+    """x̂_0 that is linear in λ: its value in the middle of the step is known."""
+    model, used = DDPM(None, T=50, sigma="posterior", shape=TINY), []
+    half_log_snr = 0.5 * (model.alpha_bar / (1 - model.alpha_bar)).log()
+    model.predict_x0 = lambda xt, t: half_log_snr[t].view(-1, 1, 1, 1).expand_as(xt)
+    model.q_posterior = lambda x0, xt, t: (used.append(x0.mean().item()) or xt, None)
+    list(model.trajectory(torch.randn(1, *TINY, dtype=F64), order=2))
+    middles = (half_log_snr[1:] + half_log_snr[:-1]) / 2  # entry s-1: between s-1 and s
+    close(used[0], half_log_snr[50]), close(used[-1], half_log_snr[1])
+    close(used[1:-1], [middles[s - 1] for s in range(49, 1, -1)])
+
+
 def test_a_trajectory_may_start_on_the_way():
     model, seen = spied("beta", T=10)
     x = torch.randn(2, *TINY, dtype=F64)

@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 
 import common
-import compare
 import ddpm
 import vae
 
@@ -59,9 +58,3 @@ def test_no_line_is_too_long():
         for number, line in enumerate(path.read_text().splitlines(), 1):
             margin = path.name == "compare.py" and line[:1] not in (" ", "")  # there stands the text of report.md
             assert len(line) <= 110 or margin, f"{path.name}:{number}"
-
-
-def test_equation_tags_have_one_form():
-    assert compare  # imports without training
-    tags = re.findall(r"#[^\n]*\b(?:Ho|KW|report) (\([^\s]*\))", SOURCE)
-    assert len(tags) > 20 and all(re.fullmatch(r"\(\d+\)", tag) for tag in tags), tags
