@@ -857,7 +857,7 @@ def measure(args, device, out):
     """Everything that goes into results.json, and the figures that compare.py adds."""
     there = [] if args.overwrite else [*out.glob("**/vae.pt"), *out.glob("**/ddpm.pt")]
     for path in there:  # before the long work
-        if (made_of := common.load(path, path.stem)["settings"].get("data")) != args.data:
+        if (made_of := {"vae": vae, "ddpm": ddpm}[path.stem].load(path).settings["data"]) != args.data:
             raise common.InputError(f"{path} was trained on {made_of}, not {args.data}: choose another --out")
     size, data = SIZES[device.type], common.NAMES[args.data]
     with torch.enable_grad():
@@ -993,12 +993,15 @@ def parse(argv):
 
 def main(argv=None):
     args = parse(argv)
+    if common.WORLD > 1:
+        raise common.InputError("one process compares: give torchrun vae.py and ddpm.py, then run this")
     device, args.data = common.pick_device(args.device), common.find_data(args.data, args.data_dir)
     args.out = out = common.output_folder(args.out)
     if args.benchmark:
         return benchmark(args, device)
     started = time.perf_counter()
-    results = measure(args, device, out)
+    with common.locked(out):
+        results = measure(args, device, out)
     results["seconds"] = time.perf_counter() - started
     (out / "results.json").write_text(json.dumps(results, indent=1))
     write_report(results, out)
