@@ -5,6 +5,7 @@ Images are uint8 tensors (N, 1, 28, 28) where they are stored, and floats in [0,
 
 import argparse
 import contextlib
+import fcntl
 import functools
 import io
 import math
@@ -16,11 +17,13 @@ import socket
 import sys
 import tempfile
 import time
+import zipfile
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from matplotlib.figure import Figure  # used without pyplot: no window, no global state
 from matplotlib.patches import Circle
@@ -31,6 +34,9 @@ from tqdm import tqdm
 
 
 NAMES = {"mnist": "MNIST", "synthetic": "SYNTHETIC digits"}  # of the data, in titles
+TORCHRUN = "TORCHELASTIC_RUN_ID" in os.environ  # it starts several processes: which one is this, of how many
+RANK, LOCAL_RANK, WORLD = (int(os.environ[name]) if TORCHRUN else alone
+                           for name, alone in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
 
 
 class InputError(Exception):
@@ -95,17 +101,23 @@ def find_data(name, root):
     """Settle which data there is: "auto", "mnist" or "synthetic" -> "mnist" or "synthetic".
 
     MNIST lies in root/MNIST/raw and is downloaded once. Where it cannot be had, "auto" warns and goes on
-    with synthetic digits, "mnist" raises InputError. Both raise it for files that are there but damaged:
-    a run on other data than the user believes in would be worse than none.
+    with synthetic digits, "mnist" raises InputError. Both raise it for a folder that cannot be used and for
+    damaged files: a run on other data than the user believes in would be worse than none.
     """
     if name == "synthetic":
         return name
     if name not in ("auto", "mnist"):
         raise InputError(f"no data called {name!r}: choose auto, mnist or synthetic")
-    root = Path(root).expanduser()
-    if os.path.isfile(root):
-        raise InputError(f"the data folder {root} is a file; choose another with --data-dir")
-    raw = root / "MNIST" / "raw"
+    raw = Path(root) / "MNIST" / "raw"
+    try:
+        raw.mkdir(parents=True, exist_ok=True)
+        with locked(raw, wait=True):  # one of several processes downloads
+            return _find_mnist(name, root, raw)
+    except OSError as error:
+        raise InputError(f"no data in {raw} ({error.strerror}); choose another --data-dir") from error
+
+
+def _find_mnist(name, root, raw):
     missing = [file for file in MNIST_SHAPES if not os.path.exists(raw / file)]
     if missing:
         for file in MNIST_SHAPES.keys() - missing:
@@ -117,7 +129,7 @@ def find_data(name, root):
                 raise InputError(f"{problem}; put them there, or choose --data synthetic")
             print(f"WARNING: {problem}\nWARNING: going on with SYNTHETIC digits", file=sys.stderr)
             return "synthetic"
-    _load("mnist", root)
+    _load("mnist", Path(root))
     return "mnist"
 
 
@@ -131,7 +143,7 @@ def _load(name, root):
 
 def _load_found(name, root):
     name = find_data(name, root)
-    return _load(name, Path(root).expanduser() if name == "mnist" else None)
+    return _load(name, Path(root) if name == "mnist" else None)
 
 
 def load_data(name, root, device):
@@ -399,7 +411,9 @@ class Run:
 
         for epoch in run.epochs():
             for progress, batch in run.batches():
+                x, noise = run.share(x, noise)  # this process's part of the batch
                 ...
+                (run.weight * loss).backward()
                 run.log(loss)
             run.end_epoch(test_loss=...)
     """
@@ -414,23 +428,36 @@ class Run:
         self.epoch, self.step = 0, 0  # finished epochs, and steps of the next
         self.seconds, self.history = 0.0, []  # of training alone; a row for each epoch
         self.order, self.values = torch.empty(0), torch.empty(0)  # the epoch's permutation, the terms so far
-        if self.path.exists() and args.resume:
-            self._resume()
-        elif self.path.exists() and not args.overwrite:
-            raise InputError(f"{self.path} holds an earlier run: go on with it by --resume, replace it by "
-                             f"--overwrite, or choose another --out")
+        self.weight = 1.0  # of this process's loss
+        self.pace = 50 if device.type == "cuda" or WORLD == 1 else 5  # steps; a CPU makes few a second
+        saved = None
+        if RANK == 0 and self.path.exists():  # rank 0's folder is the one that counts
+            if args.resume:
+                saved = load(self.path, self.name)
+            elif not args.overwrite:
+                raise InputError(f"{self.path} holds an earlier run: go on with it by --resume, replace it "
+                                 f"by --overwrite, or choose another --out")
+        if WORLD > 1:
+            both = [saved, self.settings]
+            dist.broadcast_object_list(both)
+            saved, settings = both
+            self._compare(settings, "rank 0 runs")
+        if saved:
+            self._resume(saved)
         trained = sum(p.numel() for p in parts["model"].parameters())
         print(f"{self.name}: {trained:,} parameters on {device}, {self.total} epochs of {self.steps} steps, "
               f"{images:,} images of {self.settings['data']}; {self.epoch} epochs done", flush=True)
 
-    def _resume(self):
-        saved = load(self.path, self.name)
+    def _compare(self, settings, who):
         for name, value in self.settings.items():
-            made_with = saved["settings"].get(name)
-            if made_with != value:
-                raise InputError(f"{self.path} was made with {name} {made_with}, not {value}: resume it with "
-                                 f"its own settings, or choose another --out")
+            if settings[name] != value:
+                why = "a run cannot be extended, for its learning rate has fallen to zero at its end; "
+                raise InputError(f"{who} with {name} {settings[name]}, not {value}: "
+                                 f"{why * (name == 'epochs')}use its own settings, or choose another --out")
+
+    def _resume(self, saved):
         try:
+            self._compare(saved["settings"], f"{self.path} was made")
             for name, part in self.parts.items():
                 part.load_state_dict(saved[name])
             self.epoch, self.step = saved["epoch"], saved["step"]
@@ -444,11 +471,23 @@ class Run:
                              f"start over with --overwrite") from None
 
     def save(self):
+        if RANK:
+            return
         save({"kind": self.name, "settings": self.settings, "epoch": self.epoch, "step": self.step,
               "seconds": self.seconds, "memory": peak_memory(self.device), "history": self.history,
               "order": self.order, "values": self.values, "rng": torch.get_rng_state(),
               "cuda_rng": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
               **{name: part.state_dict() for name, part in self.parts.items()}}, self.path)
+
+    def share(self, *whole):
+        """This process's part of tensors for a whole batch, as many images each; sets its loss's weight.
+
+        DistributedDataParallel averages the processes' gradients alike, so a process weighs by its images.
+        """
+        n = len(whole[0])
+        start, stop = RANK * n // WORLD, (RANK + 1) * n // WORLD
+        self.weight = (stop - start) * WORLD / n
+        return [tensor[start:stop] if self.weight else tensor[:1] for tensor in whole]  # never none at all
 
     def epochs(self):
         """1 ... the last epoch, from where the run stands, with a checkpoint after each."""
@@ -457,8 +496,6 @@ class Run:
         with _deferred_signals() as self.signals, tqdm(desc=self.name, **bar) as self.bar:
             while self.epoch < self.total:
                 yield self.epoch + 1
-                if not all(p.isfinite().all() for p in self.parts["model"].parameters()):
-                    self._diverged("the weights are not finite at the end")
                 self.epoch, self.step = self.epoch + 1, 0
                 self.order = self.values = torch.empty(0)
                 self.save()
@@ -470,30 +507,35 @@ class Run:
             self.order = torch.randperm(self.images, device=self.device)
             self.values = torch.zeros(self.steps, len(self.terms), device=self.device)
         started, first = time.perf_counter(), self.step
+        self.looked = first  # the terms of the steps before are known to be finite
         for batch in self.order.split(self.batch_size)[first:]:
             yield (self.epoch + self.step / self.steps) / self.total, batch
             self.step += 1
             self.bar.update(len(batch))
-            if self.signals or self.step % 50 == 0 or self.step == self.steps:
+            if self.step % self.pace == 0 or self.step == self.steps or (self.signals and WORLD == 1):
                 self._look()  # the only wait for the device
+                self._stop_if_asked(since=started)
             if self.step - first == 10:  # the first steps also set things up
                 steady = time.perf_counter()
             if self.step - first == 50 and self.epoch == 0 and self.total < 100:
                 epoch = (time.perf_counter() - steady) / 40 * self.steps / 60  # minutes
                 tqdm.write(f"{self.name}: {epoch:.1f} min an epoch here, {epoch * self.total:.1f} min for "
                            f"these {self.total}; the report's 100 take {epoch * 100:.0f} min (--epochs 100)")
-            if self.signals:
-                self.seconds += time.perf_counter() - started
-                self.save()
-                self._stop_if_asked()
         self.seconds += time.perf_counter() - started
 
-    def _stop_if_asked(self):
-        if self.signals:
+    def _stop_if_asked(self, since=None):
+        """since: when the training of the part of an epoch began that is not saved yet."""
+        stop = torch.tensor(max(self.signals, default=0))
+        if WORLD > 1:  # a signal may reach them at different steps, or only one of them
+            dist.all_reduce(stop, dist.ReduceOp.MAX)
+        if stop:
+            if since:
+                self.seconds += time.perf_counter() - since
+                self.save()
             self.bar.close()
             print(f"{self.name}: stopped after {self.epoch} epochs and {self.step} steps; the same command "
                   f"with --resume goes on from {self.path}", file=sys.stderr)
-            sys.exit(128 + self.signals[0])
+            sys.exit(128 + stop.item())
 
     def _diverged(self, what):
         kept = f"{self.path} keeps epoch {self.epoch}" if self.epoch else "nothing is saved yet"
@@ -502,12 +544,17 @@ class Run:
 
     def log(self, *values):
         """This step's terms, scalars on the device; they are kept there, so that no step waits for them."""
-        self.values[self.step] = torch.stack([value.detach() for value in values])
+        self.values[self.step] = torch.stack([value.detach() for value in values]) * (self.weight / WORLD)
 
     def _look(self):
+        if WORLD > 1:
+            dist.all_reduce(self.values[self.looked:self.step])  # from here on they are of whole batches
+        self.looked = self.step
         wrong = ~self.values[:self.step].isfinite().all(1)
         if wrong.any():
             self._diverged(f"the loss is not finite at step {int(wrong.int().argmax()) + 1}")
+        if not all(p.isfinite().all() for p in self.parts["model"].parameters()):
+            self._diverged(f"the weights are not finite after step {self.step}")
         latest = zip(self.terms, self.values[self.step - 1].tolist())
         self.bar.set_postfix({term: f"{value:.4g}" for term, value in latest})
 
@@ -541,9 +588,52 @@ def farewell(name, out, files, data):
         print("WARNING: all of this is about SYNTHETIC digits, not MNIST", file=sys.stderr)
 
 
+# ---- several processes
+
+_locked = set()  # folders: compare.py trains in its own
+
+
+@contextlib.contextmanager
+def locked(folder, wait=False):
+    """Inside, the folder is this process's: another one waits for it, or without `wait` ends by InputError.
+
+    The lock ends with the process, however that ends, and leaves no file.
+    """
+    key = os.path.realpath(folder)
+    if key in _locked or (RANK and not wait):  # rank 0 alone writes
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        os.close(handle)
+        raise InputError(f"another run is writing to {folder}: let it end, or choose another --out") from None
+    except OSError:
+        pass  # a network disk without locks
+    _locked.add(key)
+    try:
+        yield
+    finally:
+        _locked.remove(key)
+        os.close(handle)
+
+
+def parallel(model, method, device):
+    """method of model, a loss, for training: under torchrun its gradients are means over all processes."""
+    if not TORCHRUN:
+        return method
+    loss = torch.nn.Module()  # DistributedDataParallel calls forward, and nothing else
+    loss.weights, loss.forward = torch.nn.ParameterList(model.parameters()), method
+    return torch.nn.parallel.DistributedDataParallel(loss, [device] if device.type == "cuda" else None)
+
+
 # ---- the command line
 
 def _fail(message):
+    if RANK:  # rank 0 mostly says the same, and then torchrun ends this process: one line, not WORLD
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(3)
     print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(message).split())}", file=sys.stderr)
     sys.exit(2)
 
@@ -578,11 +668,12 @@ def arguments(doc, examples, epochs, batch_size, lr):
     add = parser.add_argument
     add("--data", choices=["auto", "mnist", "synthetic"], default="auto",
         help="auto: MNIST, or synthetic digits where it cannot be had")
-    add("--data-dir", metavar="DIR", default=os.environ.get("DATA_DIR") or "data",
+    add("--data-dir", metavar="DIR", type=os.path.expanduser, default=os.environ.get("DATA_DIR") or "data",
         help="where MNIST is or is downloaded to; the variable DATA_DIR sets the default")
     add("--limit", metavar="N", type=number(int, 1, 60000),
         help="train on the first N images only, for a quick look (default: all)")
-    add("--out", metavar="DIR", default="results", help="folder for checkpoints and pictures")
+    add("--out", metavar="DIR", type=os.path.expanduser, default="results",
+        help="folder for checkpoints and pictures")
     add("--epochs", metavar="N", type=number(int, 1, 100000), default=epochs,
         help="passes over the training images" + " (default: by the device)" * (epochs is None))
     add("--batch-size", metavar="N", type=number(int, 1, 60000), default=batch_size,
@@ -604,15 +695,19 @@ def pick_device(name):
         name = "cuda" if gpus else "cpu"
     if name == "cpu":
         return torch.device("cpu")
-    index = int(name[5:] or 0)
+    if name != "cuda" and WORLD > 1:
+        raise InputError(f"--device {name} is one GPU for {WORLD} processes: choose cuda or auto")
+    index = int(name[5:] or LOCAL_RANK)
     if index >= gpus:
         raise InputError(f"no device {name}: torch sees {gpus} CUDA GPUs here; choose --device auto")
+    if WORLD > 1:
+        torch.cuda.set_device(index)
     return torch.device("cuda", index)
 
 
 def output_folder(path):
     """Create the folder if need be -> pathlib.Path. Raises InputError if nothing can be written there."""
-    path = Path(path).expanduser()
+    path = Path(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=path).close()  # permission bits do not tell: root, read-only disks
@@ -627,8 +722,10 @@ def save(obj, path):
     For `load` to take it back: a dict with "kind", of tensors, numbers, strings, None, lists and dicts.
     """
     path = Path(path)
-    unfinished = path.with_name(path.name + ".tmp")
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
+        for left in path.parent.glob(f"{path.name}.*.tmp"):  # by a process that was killed
+            left.unlink()
         content = io.BytesIO()  # to memory first: on a full disk torch.save's own error says nothing of it
         torch.save(obj, content)
         with open(unfinished, "wb") as file:
@@ -649,9 +746,13 @@ def load(path, kind):
     Raises InputError for a file that is missing, damaged or foreign, or whose "kind" is not `kind`.
     """
     try:
+        if zipfile.ZipFile(path).testzip():  # a wrong checksum, at which torch does not look
+            raise zipfile.BadZipFile
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise InputError(f"no checkpoint {path}; train first, or say with --out where it is") from error
+    except (PermissionError, NotADirectoryError) as error:
+        raise InputError(f"{path} cannot be read ({error.strerror})") from error
     except Exception as error:  # damage shows as almost any type: UnpicklingError, RuntimeError, EOFError
         raise InputError(f"{path} is damaged or no checkpoint ({type(error).__name__}); train anew") from None
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("kind"), str):
@@ -663,6 +764,17 @@ def load(path, kind):
     return checkpoint
 
 
+@contextlib.contextmanager
+def enough_memory(flag, value):
+    """Where the memory of the device does not suffice inside: InputError with the flag to lower."""
+    try:
+        yield
+    except RuntimeError as error:  # of a CPU; torch.OutOfMemoryError is one, too
+        if re.search("out of memory|allocate memory", str(error)):
+            raise InputError(f"out of memory with {flag} {value}: lower it") from None
+        raise
+
+
 def run(main):
     """Call main() and end as a program should: one line for what the user can mend, a traceback for a bug.
 
@@ -670,7 +782,13 @@ def run(main):
     """
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
-        main()
+        if TORCHRUN:
+            dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+        quiet = open(os.devnull, "w") if RANK else None  # rank 0 alone prints
+        with contextlib.redirect_stdout(quiet or sys.stdout), contextlib.redirect_stderr(quiet or sys.stderr):
+            main()
+        if TORCHRUN:
+            dist.destroy_process_group()
     except torch.OutOfMemoryError:
         _fail("the GPU is out of memory; lower --batch-size if it was training, else --sample")
     except (InputError, OSError) as error:  # OSError: a full disk, a folder that went away

@@ -859,7 +859,11 @@ def measure(args, device, out):
     """Everything that goes into results.json, and the figures that compare.py adds."""
     there = [] if args.overwrite else [*out.glob("**/vae.pt"), *out.glob("**/ddpm.pt")]
     for path in there:  # before the long work
-        if (made_of := common.load(path, path.stem)["settings"].get("data")) != args.data:
+        script = SCRIPTS[path.stem]
+        missing = set(script.SETTINGS) - (settings := script.load(path).settings).keys()
+        if missing:
+            raise common.InputError(f"{path} is of another version of this code: it has no {missing.pop()}")
+        if (made_of := settings["data"]) != args.data:
             raise common.InputError(f"{path} was trained on {made_of}, not {args.data}: choose another --out")
     size, data = SIZES[device.type], common.NAMES[args.data]
     with torch.enable_grad():
@@ -995,15 +999,18 @@ def parse(argv):
 
 def main(argv=None):
     args = parse(argv)
+    if common.WORLD > 1:
+        raise common.InputError("one process compares: give torchrun vae.py and ddpm.py, then run this")
     device, args.data = common.pick_device(args.device), common.find_data(args.data, args.data_dir)
     args.out = out = common.output_folder(args.out)
     if args.benchmark:
         return benchmark(args, device)
     started = time.perf_counter()
-    results = measure(args, device, out)
-    results["seconds"] = time.perf_counter() - started
-    (out / "results.json").write_text(json.dumps(results, indent=1))
-    write_report(results, out)
+    with common.locked(out):
+        results = measure(args, device, out)
+        results["seconds"] = time.perf_counter() - started
+        (out / "results.json").write_text(json.dumps(results, indent=1))
+        write_report(results, out)
     for row in time_rows(results):
         print("  ".join(f"{cell:<24}" if i else f"{cell:<66}" for i, cell in enumerate(row[:3])))
     for row in [["", *METRICS], *(row[:-1] for row in sample_rows(results))]:

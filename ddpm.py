@@ -509,6 +509,7 @@ def train(args, device, watch=None):
     rates = [optimizer.defaults["lr"] for optimizer in optimizers]
     run = common.Run(Path(args.out) / "ddpm.pt", args, SETTINGS, len(x_train), ["train_loss"], device,
                      model=model, ema=ema, **{type(o).__name__.lower(): o for o in optimizers})
+    model_loss = common.parallel(model, model.loss, device)
     ema_decay = 1 - 20 / (20 + run.steps * args.epochs)  # averages over about the last twentieth of the run
 
     for epoch in run.epochs():
@@ -517,18 +518,21 @@ def train(args, device, watch=None):
                 factor = min(1, 50 * progress) * 0.5 * (1 + math.cos(math.pi * progress))
                 optimizer.param_groups[0]["lr"] = lr * factor
             x0 = to_model(x_train[batch] / 255)  # (B, 1, 28, 28) in [-1, 1]
+            t = torch.randint(1, args.T + 1, (len(x0),), device=device)  # 1 ... T, both inclusive
+            x0, t, eps = run.share(x0, t, torch.randn_like(x0))
             with common.autocast(device):
-                loss = model.loss(x0, weighting=args.loss)
+                loss = model_loss(x0, t, eps, weighting=args.loss)
             for optimizer in optimizers:
                 optimizer.zero_grad()
-            loss.backward()
+            (run.weight * loss).backward()
             for optimizer in optimizers:
                 optimizer.step()
             torch._foreach_lerp_([*ema.parameters()], [p.detach() for p in model.parameters()], 1 - ema_decay)
             run.log(loss)
         watched = watch(ema, epoch) if watch else {}
         run.end_epoch(test_loss=evaluate(ema, x_test[::5], args), **watched)
-        if epoch % math.ceil(args.epochs / 10) == 0:  # the same noise each time: one sees it learn
+        if epoch % math.ceil(args.epochs / 10) == 0 and common.RANK == 0:
+            # the same noise each time: one sees it learn
             with common.own_randomness(args.seed, device), common.autocast(device):
                 x = ema.sample(40, min(50, args.T))
             path = Path(args.out) / f"ddpm_epoch_{epoch:03d}.png"
@@ -621,16 +625,17 @@ def parse(argv):
 
 def main(argv=None, watch=None):
     args = parse(argv)
-    device, out = common.pick_device(args.device), Path(args.out).expanduser()
+    device, out = common.pick_device(args.device), Path(args.out)
     model = load(out / "ddpm.pt", device) if args.sample else None
     T = model.T if model else args.T
     args.steps = args.steps or (T if device.type == "cuda" else min(T, 50))
     if args.steps > T:
         raise common.InputError(f"--steps {args.steps} is more than the chain's T = {T}")
     if model:
+        common.output_folder(out)
         model.sigma = args.sigma or model.sigma
         torch.manual_seed(args.seed)
-        with common.autocast(device):
+        with common.autocast(device), common.enough_memory("--sample", args.sample):
             x = model.sample(args.sample, args.steps, args.eta)
         data = common.NAMES[model.settings["data"]]
         common.plot_grid(x, out / "ddpm_sample.png", f"DDPM, {data}: {args.steps} steps, eta {args.eta:g}")
@@ -640,10 +645,14 @@ def main(argv=None, watch=None):
     args.epochs = args.epochs or (100 if device.type == "cuda" else 6 if common.has_bfloat16(device) else 3)
     # a short run learns more from twice the steps of half the size; a GPU would wait for its own launches
     args.batch_size = args.batch_size or (128 if device.type == "cuda" else 64)
-    model, run = train(args, device, watch)
-    torch.manual_seed(args.seed)
-    with common.autocast(device):
-        pictures = draw(model, run, args, device)
+    with common.locked(out):
+        with common.enough_memory("--batch-size", args.batch_size):
+            model, run = train(args, device, watch)
+        if common.RANK:
+            return
+        torch.manual_seed(args.seed)
+        with common.autocast(device):
+            pictures = draw(model, run, args, device)
     common.farewell("ddpm", out, ["ddpm.pt", *pictures], args.data)
 
 

@@ -92,9 +92,13 @@ class VAE(nn.Module):
         mu, logvar = self.encoder(x.flatten(1)).float().chunk(2, dim=-1)  # KW (9), report (22)
         return mu, logvar
 
-    def reparameterize(self, mu, logvar):
-        """A sample of q(z|x), like mu; the gradient passes to mu and logvar.  KW (4), report (18)"""
-        return mu + (0.5 * logvar).exp() * torch.randn_like(mu)  # z = μ + σ ⊙ ε, ε ~ N(0, I)   KW (10)
+    def reparameterize(self, mu, logvar, eps=None):
+        """A sample of q(z|x), like mu; the gradient passes to mu and logvar.  KW (4), report (18)
+
+        eps: its noise, drawn unless given.
+        """
+        eps = torch.randn_like(mu) if eps is None else eps
+        return mu + (0.5 * logvar).exp() * eps  # z = μ + σ ⊙ ε, ε ~ N(0, I)   KW (10)
 
     def decode(self, z):
         """The mean of p(x|z): z (..., latent_dim) -> (..., 1, 28, 28) in [0, 1]."""
@@ -113,15 +117,16 @@ class VAE(nn.Module):
             return log_bernoulli(x, logits)
         return log_normal(x, torch.sigmoid(logits), self.logvar_x.expand(D))  # KW (12), report (26)
 
-    def elbo_terms(self, x, samples=1, sigma=None):
+    def elbo_terms(self, x, samples=1, sigma=None, eps=None):
         """The two terms of the bound, with L = samples draws of z: estimator B, the training loss.
 
         x (B, 1, 28, 28) -> reconstruction, kl, each (B,) in nats per image; ELBO = reconstruction - kl.
-        The mean is over log-likelihoods, never over latents.  sigma: see log_likelihood.
+        The mean is over log-likelihoods, never over latents.  sigma: see log_likelihood.  eps: the draws'
+        noise (samples, B, latent_dim), drawn unless given.
         KW (5), (7) and (10), report (19), (21), (23) and (24); with either likelihood report (27) and (31)
         """
         mu, logvar = self.encode(x)
-        z = self.reparameterize(mu.expand(samples, -1, -1), logvar.expand(samples, -1, -1))  # (L, B, latent)
+        z = self.reparameterize(mu.expand(samples, -1, -1), logvar.expand(samples, -1, -1), eps)  # (L, B, n)
         return self.log_likelihood(x, z, sigma).mean(0), kl_to_prior(mu, logvar)  # KW (7), report (21)
 
     def log_weights(self, x, samples=1, sigma=None):
@@ -186,17 +191,19 @@ def train(args, device, watch=None):
     terms = ["train_reconstruction", "train_kl"]
     run = common.Run(Path(args.out) / "vae.pt", args, SETTINGS, len(x_train), terms, device,
                      model=model, optimizer=optimizer)
+    elbo_terms = common.parallel(model, model.elbo_terms, device)
 
     for epoch in run.epochs():
         for progress, batch in run.batches():  # progress: share of the whole run, 0 ... 1
             for group in optimizer.param_groups:
                 group["lr"] = args.lr * 0.5 * (1 + math.cos(math.pi * progress))  # cosine decay to 0
             x = x_train[batch] / 255  # (B, 1, 28, 28) in [0, 1]
+            x, eps = run.share(x, torch.randn(len(x), args.latent_dim, device=device))
             with common.autocast(device):
-                reconstruction, kl = model.elbo_terms(x)  # (B,) nats each
+                reconstruction, kl = elbo_terms(x, eps=eps)  # (B,) nats each
             loss = (args.kl_weight * kl - reconstruction).mean()  # mean of -ELBO, if the weight is 1   KW (8)
             optimizer.zero_grad()
-            loss.backward()
+            (run.weight * loss).backward()
             optimizer.step()
             run.log(reconstruction.mean(), kl.mean())
         reconstruction, kl = evaluate(model, x_test, args.seed)
@@ -262,18 +269,25 @@ def parse(argv):
 
 def main(argv=None, watch=None):
     args = parse(argv)
-    device, out = common.pick_device(args.device), Path(args.out).expanduser()
+    device, out = common.pick_device(args.device), Path(args.out)
     if args.sample:
         model = load(out / "vae.pt", device)
+        common.output_folder(out)
         torch.manual_seed(args.seed)
-        common.plot_grid(model.sample(args.sample), out / "vae_sample.png",
+        with common.enough_memory("--sample", args.sample):
+            x = model.sample(args.sample)
+        common.plot_grid(x, out / "vae_sample.png",
                          f"VAE, {model.latent_dim}-D latent, {common.NAMES[model.settings['data']]}: samples")
         return common.farewell("vae", out, ["vae_sample.png"], model.settings["data"])
     args.data, args.out = common.find_data(args.data, args.data_dir), common.output_folder(out)
     args.epochs = args.epochs or (100 if device.type == "cuda" else 20)  # a CPU takes minutes for 100
-    model, run = train(args, device, watch)
-    torch.manual_seed(args.seed)
-    pictures = draw(model, run, args, device)
+    with common.locked(out):
+        with common.enough_memory("--batch-size", args.batch_size):
+            model, run = train(args, device, watch)
+        if common.RANK:
+            return
+        torch.manual_seed(args.seed)
+        pictures = draw(model, run, args, device)
     common.farewell("vae", out, ["vae.pt", *pictures], args.data)
 
 

@@ -38,7 +38,7 @@ def idx(shape, values=None):
 def tree(root, **files):
     """A whole MNIST tree of black images, except for `files`: {file name with _: content, or None}."""
     raw = root / "MNIST" / "raw"
-    raw.mkdir(parents=True)
+    raw.mkdir(parents=True, exist_ok=True)
     for name, shape in common.MNIST_SHAPES.items():
         content = files.get(name.replace("-", "_"), idx(shape))
         if content is not None:
@@ -132,10 +132,15 @@ def test_data_folder_that_is_no_folder(tmp_path, capsys):
     file = tmp_path / "file"
     file.write_text("")
     for name in "auto", "mnist":
-        refused(lambda: common.find_data(name, file), file, "is a file")
+        refused(lambda: common.find_data(name, file), file, "Not a directory", "--data-dir")
     monkeyless = file / "below"  # cannot be created
     assert common.find_data("synthetic", monkeyless) == "synthetic"
     refused(lambda: common.find_data("cifar", tmp_path), "cifar")
+    loop = tmp_path / "loop"
+    loop.symlink_to(loop)
+    for folder in file / "below", loop, tmp_path / ("a" * 300):  # never a reason for synthetic digits
+        refused(lambda: common.find_data("auto", folder), folder, "--data-dir")
+    assert sorted(os.listdir(tmp_path)) == ["file", "loop"]
 
 
 @pytest.mark.skipif(MNIST_ROOT is None, reason="no MNIST under $DATA_DIR or ../shared/data")
@@ -319,6 +324,7 @@ CHECKPOINT = {"kind": "vae", "settings": {}, "weight": torch.arange(1000.0), "ep
 def test_save_and_load(tmp_path):
     path = tmp_path / "vae.pt"
     common.save(CHECKPOINT, path)
+    (tmp_path / "vae.pt.123.tmp").write_text("of a process that was killed in the middle")
     common.save(CHECKPOINT | {"epoch": 4}, path)
     checkpoint = common.load(path, "vae")
     assert torch.equal(checkpoint["weight"], CHECKPOINT["weight"]) and checkpoint["epoch"] == 4
@@ -345,6 +351,16 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch, step, error):
     assert common.load(path, "vae")["epoch"] == 3
 
 
+def test_a_checkpoint_out_of_reach_is_not_called_damaged(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    refused(lambda: common.load(tmp_path / "file" / "vae.pt", "vae"), "Not a directory")
+
+    def denied(*_, **__):
+        raise PermissionError(errno.EACCES, "Permission denied")
+    monkeypatch.setattr(common.zipfile, "ZipFile", denied)
+    refused(lambda: common.load(tmp_path / "vae.pt", "vae"), tmp_path / "vae.pt", "Permission denied")
+
+
 class Trap:
     def __init__(self, path):
         self.path = path
@@ -364,7 +380,8 @@ def test_load_refuses(tmp_path):
     torch.save({"kind": "vae", "x": Trap(trap)}, trapped)
     noise = np.random.default_rng(0).bytes(5000)
     pickled = pickle.dumps({"kind": "vae", "x": Trap(trap)}, protocol=2)
-    for content in b"", whole[:100], whole[:-100], noise, b"text\n", trapped.getvalue(), pickled:
+    flipped = whole[:2000] + bytes([whole[2000] ^ 1]) + whole[2001:]  # within the 4000 bytes of the weight
+    for content in b"", whole[:100], whole[:-100], flipped, noise, b"text\n", trapped.getvalue(), pickled:
         path.write_bytes(content)
         refused(lambda: common.load(path, "vae"), path, "damaged")
     assert not os.path.exists(trap)
@@ -381,6 +398,21 @@ def test_load_refuses_foreign_checkpoints(tmp_path, foreign):
 def test_load_names_both_kinds(tmp_path):
     common.save(CHECKPOINT, tmp_path / "x.pt")
     refused(lambda: common.load(tmp_path / "x.pt", "ddpm"), "a vae", "a ddpm")
+
+
+@pytest.mark.parametrize("error", [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:121] data. DefaultCPUAllocator: can't allocate memory: you tried")])
+def test_out_of_memory_names_what_to_lower(error):
+    def call():
+        with common.enough_memory("--batch-size", 512):
+            raise error
+    refused(call, "out of memory", "--batch-size 512", "lower")
+
+
+def test_other_errors_of_torch_are_no_lack_of_memory():
+    with pytest.raises(RuntimeError, match="shapes"), common.enough_memory("--batch-size", 512):
+        raise RuntimeError("shapes do not match")
 
 
 @pytest.fixture

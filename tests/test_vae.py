@@ -188,7 +188,7 @@ def test_estimators_a_and_b_agree_and_b_is_less_noisy(likelihood):
 @pytest.mark.parametrize("likelihood", ["bernoulli", "gaussian"])
 def test_samples_average_log_likelihoods_not_latents(likelihood):
     model, x, z = random_model(likelihood=likelihood), pictures(2), 2 * torch.randn(4, 2, 2)
-    model.reparameterize = lambda mu, logvar: z
+    model.reparameterize = lambda mu, logvar, eps=None: z
     flat = x.flatten(1)
 
     def log_likelihood(z):  # one draw for each image
@@ -359,8 +359,8 @@ def at_step(patch, number, action):
     """Call `action` in training step `number`, counted over the epochs from 1, with its two terms."""
     elbo_terms, steps = vae.VAE.elbo_terms, []
 
-    def patched(self, x):
-        terms = elbo_terms(self, x)
+    def patched(self, x, **noise):
+        terms = elbo_terms(self, x, **noise)
         steps.extend([1] * torch.is_grad_enabled())
         return action(*terms) if torch.is_grad_enabled() and len(steps) == number else terms
     patch.setattr(vae.VAE, "elbo_terms", patched)
@@ -450,7 +450,7 @@ def test_sample_without_a_checkpoint(tmp_path):
     ("--latent-dim", "3", "latent_dim 2, not 3"), ("--lr", "0.002", "lr 0.001, not 0.002"),
     ("--likelihood", "gaussian", "likelihood bernoulli, not gaussian"), ("--seed", "1", "seed 0, not 1"),
     ("--kl-weight", "2", "kl_weight 1.0, not 2.0"), ("--limit", "1000", "limit 1030, not 1000"),
-    ("--epochs", "4", "epochs 3, not 4"), ("--batch-size", "99", "batch_size 100, not 99")])
+    ("--epochs", "4", "epochs 3, not 4: a run cannot be extended"), ("--batch-size", "99", "batch_size 100, not 99")])
 def test_resume_with_other_settings_names_the_difference(trained, tmp_path, flag, value, name):
     shutil.copy(trained[0] / "vae.pt", tmp_path)
     refused(lambda: train(tmp_path, "--resume", flag, value), tmp_path / "vae.pt", name)
@@ -482,6 +482,24 @@ def test_foreign_and_damaged_checkpoints(trained, tmp_path, change, words):
     assert path.read_bytes() == content and os.listdir(tmp_path) == ["vae.pt"]
 
 
+def test_a_checkpoint_of_an_older_layout(trained, tmp_path):
+    whole = common.load(trained[0] / "vae.pt", "vae")
+    without_seed = {name: value for name, value in whole["settings"].items() if name != "seed"}
+    without_optimizer = {name: value for name, value in whole.items() if name != "optimizer"}
+    for older in whole | {"settings": without_seed}, without_optimizer:
+        torch.save(older, tmp_path / "vae.pt")
+        refused(lambda: train(tmp_path, "--resume"), tmp_path / "vae.pt", "another version", "--overwrite")
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("can't allocate memory")])
+def test_out_of_memory_in_the_loop_names_the_batch_size(tmp_path, monkeypatch, error):
+    def fail(*_):
+        raise error
+    at_step(monkeypatch, 14, fail)
+    refused(lambda: train(tmp_path), "--batch-size 100", "lower")
+    assert common.load(tmp_path / "vae.pt", "vae")["epoch"] == 1
+
+
 @pytest.mark.parametrize("step, words", [(14, ["step 4", "epoch 2"]), (22, ["epoch 2"])])  # 22: its last
 def test_a_diverging_run_stops_and_keeps_the_last_good_checkpoint(tmp_path, monkeypatch, step, words):
     def diverge(reconstruction, kl):  # a gradient that is too much: the step's loss is finite, the next is not
@@ -492,3 +510,14 @@ def test_a_diverging_run_stops_and_keeps_the_last_good_checkpoint(tmp_path, monk
         refused(lambda: train(tmp_path), *words, "--lr 0.001", "finite", tmp_path / "vae.pt")
     saved = common.load(tmp_path / "vae.pt", "vae")
     assert saved["epoch"] == 1 and all(weight.isfinite().all() for weight in saved["model"].values())
+
+
+def test_ctrl_c_right_after_a_diverging_step_saves_no_broken_weights(tmp_path, monkeypatch):
+    def diverge(reconstruction, kl):
+        os.kill(os.getpid(), signal.SIGINT)
+        reconstruction.register_hook(lambda grad: grad * math.inf)
+        return reconstruction, kl
+    at_step(monkeypatch, 14, diverge)
+    refused(lambda: train(tmp_path), "step 3 of epoch 2", "--lr 0.001", "weights", tmp_path / "vae.pt")
+    saved = common.load(tmp_path / "vae.pt", "vae")
+    assert (saved["epoch"], saved["step"]) == (1, 0)
