@@ -509,7 +509,7 @@ def train(args, device, watch=None):
     rates = [optimizer.defaults["lr"] for optimizer in optimizers]
     run = common.Run(Path(args.out) / "ddpm.pt", args, SETTINGS, len(x_train), ["train_loss"], device,
                      model=model, ema=ema, **{type(o).__name__.lower(): o for o in optimizers})
-    model_loss = common.parallel(model, model.loss, device)
+    model_loss = common.for_training(model, model.loss, device)
     ema_decay = 1 - 20 / (20 + run.steps * args.epochs)  # averages over about the last twentieth of the run
 
     for epoch in run.epochs():
@@ -642,7 +642,7 @@ def main(argv=None, watch=None):
         return common.farewell("ddpm", out, ["ddpm_sample.png"], model.settings["data"])
     args.data, args.out = common.find_data(args.data, args.data_dir), common.output_folder(out)
     args.sigma = args.sigma or "posterior"
-    args.epochs = args.epochs or (100 if device.type == "cuda" else 6 if common.has_bfloat16(device) else 3)
+    args.epochs = args.epochs or (100 if device.type == "cuda" else 8 if common.has_bfloat16(device) else 3)
     # a short run learns more from twice the steps of half the size; a GPU would wait for its own launches
     args.batch_size = args.batch_size or (128 if device.type == "cuda" else 64)
     with common.locked(out):

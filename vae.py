@@ -191,7 +191,7 @@ def train(args, device, watch=None):
     terms = ["train_reconstruction", "train_kl"]
     run = common.Run(Path(args.out) / "vae.pt", args, SETTINGS, len(x_train), terms, device,
                      model=model, optimizer=optimizer)
-    elbo_terms = common.parallel(model, model.elbo_terms, device)
+    elbo_terms = common.for_training(model, model.elbo_terms, device)
 
     for epoch in run.epochs():
         for progress, batch in run.batches():  # progress: share of the whole run, 0 ... 1
