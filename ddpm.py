@@ -209,31 +209,38 @@ class DDPM(nn.Module):
 
     # The losses and the bound.
 
-    def loss(self, x0, t=None, eps=None, weighting="simple"):
-        """A draw of the training loss: x0 (B, C, H, W) -> scalar.  Ho, Algorithm 1
+    def draw(self, x0):
+        """A random step t ~ U{1 ... T}, (B,), and the noise ε ~ N(0, I), like x0, for each of B images."""
+        t = torch.randint(1, self.T + 1, (len(x0),), device=x0.device)  # 1 ... T, both inclusive
+        return t, torch.randn_like(x0)
 
-        simple: the mean squared error per pixel of what the network predicts.  Ho (14), report (74)
-        vlb: the bound without its constant L_T: T L_{t-1} at a random t, in bits/dim.  Ho (5), report (54)
-        t (B,) and eps, like x0, are drawn unless given.
+    def loss(self, x0, t=None, eps=None):
+        """L_simple: the mean squared error per pixel of what the network predicts; x0 (B, C, H, W) -> scalar.
+
+        t and eps are of draw, unless given.  Ho, Algorithm 1 and (14), report (74)
         """
-        if t is None:
-            t = torch.randint(1, self.T + 1, (len(x0),), device=x0.device)  # 1 ... T, both inclusive
-        eps = torch.randn_like(x0) if eps is None else eps
+        t, eps = self.draw(x0) if t is None else (t, eps)
         xt = self.q_sample(x0, t, eps)
-        if weighting == "simple":
-            target = {"eps": lambda: eps, "x0": lambda: x0, "mu": lambda: self.q_posterior(x0, xt, t)[0],
-                      "v": lambda: self.v_from_x0(xt, t, x0)}[self.predict]()
-            return F.mse_loss(self.net(xt, t).to(xt.dtype), target)  # per pixel   Ho (14)
-        x0_hat = self.predict_x0(xt, t, clip=False)  # a clipped pixel would have no gradient
+        target = {"eps": lambda: eps, "x0": lambda: x0, "mu": lambda: self.q_posterior(x0, xt, t)[0],
+                  "v": lambda: self.v_from_x0(xt, t, x0)}[self.predict]()
+        return F.mse_loss(self.net(xt, t).to(xt.dtype), target)  # per pixel   Ho (14)
+
+    def vlb_loss(self, x0, t=None, eps=None):
+        """The bound without its constant L_T, in bits/dim: T L_{t-1} at one t for each image; like loss.
+
+        Ho (5), report (54)
+        """
+        t, eps = self.draw(x0) if t is None else (t, eps)
+        x0_hat = self.predict_x0(self.q_sample(x0, t, eps), t, clip=False)  # what is clipped has no gradient
         error = (x0 - x0_hat).pow(2).flatten(1).sum(1)  # (B,)
         # where t > 1, L_0 is not used; x0 for its mean keeps its gradient from being nan
         mean = torch.where((t == 1).view(-1, 1, 1, 1), x0_hat, x0)
         L_0 = -log_discretized_normal(x0, mean, self.decoder_scale(mean))  # Ho (13)
         dim = x0[0].numel()
-        L = torch.where(t == 1, L_0, self.kl(error, t, dim))  # (B,) nats
+        L = torch.where(t == 1, L_0, self.L_between(error, t, dim))  # (B,) nats
         return self.T * L.mean() / (dim * math.log(2))  # E_t[T L_{t-1}] = Σ_t L_{t-1}   Ho (5)
 
-    def kl(self, error, t, dim):
+    def L_between(self, error, t, dim):
         """L_{t-1} for t > 1 in nats, closed form, from error = ‖x_0 - x̂_0‖²: error and t (...) -> (...).
 
         KL(N(μ̃_t, β̃_t I) || N(μ_θ, σ_t² I)), whose means differ by c_x0 (x_0 - x̂_0), in dim dimensions.
@@ -270,7 +277,7 @@ class DDPM(nn.Module):
         x0_hat = self.predict_x0(self.q_sample(x0, one, torch.randn_like(x0)), one)  # p's mean at t = 1
         L_0 = -log_discretized_normal(x0, x0_hat, self.decoder_scale(x0_hat))  # Ho (13)
         t = torch.arange(2, self.T + 1, device=x0.device)
-        L_between = self.kl(errors[:, 2:], t, x0[0].numel())  # Ho (8)
+        L_between = self.L_between(errors[:, 2:], t, x0[0].numel())  # Ho (8)
         a = self.alpha_bar[-1]  # ᾱ_T
         # KL(N(√a x_0, (1-a) I) || N(0, I)) = ½ Σ (a x_0² - a - log(1-a)), over the pixels
         L_T = 0.5 * (a * x0.double() ** 2 - a - torch.log1p(-a)).flatten(1).sum(1)
@@ -509,7 +516,7 @@ def train(args, device, watch=None):
     rates = [optimizer.defaults["lr"] for optimizer in optimizers]
     run = common.Run(Path(args.out) / "ddpm.pt", args, SETTINGS, len(x_train), ["train_loss"], device,
                      model=model, ema=ema, **{type(o).__name__.lower(): o for o in optimizers})
-    model_loss = common.for_training(model, model.loss, device)
+    loss_of = common.for_training(model, objective(model, args), device)
     ema_decay = 1 - 20 / (20 + run.steps * args.epochs)  # averages over about the last twentieth of the run
 
     for epoch in run.epochs():
@@ -518,10 +525,9 @@ def train(args, device, watch=None):
                 factor = min(1, 50 * progress) * 0.5 * (1 + math.cos(math.pi * progress))
                 optimizer.param_groups[0]["lr"] = lr * factor
             x0 = to_model(x_train[batch] / 255)  # (B, 1, 28, 28) in [-1, 1]
-            t = torch.randint(1, args.T + 1, (len(x0),), device=device)  # 1 ... T, both inclusive
-            x0, t, eps = run.share(x0, t, torch.randn_like(x0))
+            x0, t, eps = run.share(x0, *model.draw(x0))
             with common.autocast(device):
-                loss = model_loss(x0, t, eps, weighting=args.loss)
+                loss = loss_of(x0, t, eps)
             for optimizer in optimizers:
                 optimizer.zero_grad()
             (run.weight * loss).backward()
@@ -543,11 +549,16 @@ def train(args, device, watch=None):
     return ema, run
 
 
+def objective(model, args):
+    """What is trained, by --loss."""
+    return model.loss if args.loss == "simple" else model.vlb_loss
+
+
 @torch.no_grad()
 def evaluate(model, images, args):
     """The training loss on images, uint8 (N, 1, 28, 28), with the same t and ε at every call."""
     with common.own_randomness(args.seed, images.device):
-        losses = [model.loss(to_model(batch / 255), weighting=args.loss) for batch in images.split(1000)]
+        losses = [objective(model, args)(to_model(batch / 255)) for batch in images.split(1000)]
     return torch.stack(losses).mean().item()
 
 

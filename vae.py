@@ -256,7 +256,7 @@ def load(path, device="cpu"):
 
 
 def parse(argv):
-    parser = common.arguments(__doc__, EXAMPLES, epochs=None, batch_size=128, lr=1e-3)
+    parser = common.arguments(__doc__, EXAMPLES, epochs=None, batch_size=256, lr=1e-3)
     add = parser.add_argument
     add("--latent-dim", metavar="N", type=common.number(int, 1, 512), default=2, help="size of z")
     add("--likelihood", choices=["bernoulli", "gaussian"], default="bernoulli", help="p(x|z)")
@@ -280,7 +280,7 @@ def main(argv=None, watch=None):
                          f"VAE, {model.latent_dim}-D latent, {common.NAMES[model.settings['data']]}: samples")
         return common.farewell("vae", out, ["vae_sample.png"], model.settings["data"])
     args.data, args.out = common.find_data(args.data, args.data_dir), common.output_folder(out)
-    args.epochs = args.epochs or (100 if device.type == "cuda" else 20)  # a CPU takes minutes for 100
+    args.epochs = args.epochs or (100 if device.type == "cuda" else 30 if common.has_bfloat16(device) else 20)
     with common.locked(out):
         with common.enough_memory("--batch-size", args.batch_size):
             model, run = train(args, device, watch)

@@ -253,7 +253,7 @@ def test_vlb_terms_and_the_vlb_loss_are_the_kl_divergences(sigma, predict):
             q_mean, q_variance = model.q_posterior(x0, xt, t)
             L = kl_divergence(Normal(q_mean, q_variance.sqrt()), Normal(mean, variance.sqrt())).flatten(1).sum(1)
         close(terms[:, s - 1], L, rtol=1e-8)
-        loss = model.loss(x0, t, model.eps_from_x0(xt, t, x0), weighting="vlb")
+        loss = model.vlb_loss(x0, t, model.eps_from_x0(xt, t, x0))
         close(loss, model.T * L.mean() / (16 * math.log(2)), rtol=1e-8)  # bits/dim
     a = linear(model.T)[1][-1]
     L_T = kl_divergence(Normal(math.sqrt(a) * x0, math.sqrt(1 - a)), Normal(0.0, 1.0)).flatten(1).sum(1)
