@@ -469,8 +469,10 @@ class Run:
         if saved:
             self._resume(saved)
         trained = sum(p.numel() for p in parts["model"].parameters())
-        print(f"{self.name}: {trained:,} parameters on {device}, {self.total} epochs of {self.steps} steps, "
-              f"{images:,} images of {self.settings['data']}; {self.epoch} epochs done", flush=True)
+        precision = "bfloat16" if has_bfloat16(device) else "float32"  # by what the device can do
+        print(f"{self.name}: {trained:,} parameters on {device} in {precision}, {self.total} epochs of "
+              f"{self.steps} steps, {images:,} images of {self.settings['data']}; {self.epoch} epochs done",
+              flush=True)
 
     def _compare(self, settings, who):
         for name, value in self.settings.items():
@@ -644,7 +646,7 @@ def locked(folder, wait=False):
 
 
 def for_training(model, method, device):
-    """method of model, a loss: compiled for a GPU; under torchrun its gradients are means over all processes."""
+    """method of model, a loss: compiled for a GPU; under torchrun with the mean of all processes' gradients."""
     method = compiled(method, device)
     if not TORCHRUN:
         return method

@@ -248,7 +248,7 @@ def training_run(path, model):
 
 def evaluations(model, device):
     """Of the network for one sample, as compare.py draws them: all T only where that takes no minutes."""
-    return 1 if isinstance(model, vae.VAE) else model.T if device.type == "cuda" else min(model.T, 50)
+    return 1 if isinstance(model, vae.VAE) else model.T if device.type == "cuda" else min(model.T, 20)
 
 
 def draw_samples(model, n, batch, device, **rule):

@@ -540,7 +540,7 @@ def train(args, device, watch=None):
         if epoch % math.ceil(args.epochs / 10) == 0 and common.RANK == 0:
             # the same noise each time: one sees it learn
             with common.own_randomness(args.seed, device), common.autocast(device):
-                x = ema.sample(40, min(50, args.T))
+                x = ema.sample(40, min(20, args.T))
             path = Path(args.out) / f"ddpm_epoch_{epoch:03d}.png"
             common.plot_grid(x, path, f"DDPM, {common.NAMES[args.data]}: epoch {epoch} of {args.epochs}")
         if epoch == args.epochs:  # the one thing that "optimal" needs, from training images
@@ -629,7 +629,7 @@ def parse(argv):
     add("--sample", metavar="N", type=number(int, 1, 10000),
         help="draw N samples from the checkpoint and stop")
     add("--steps", metavar="K", type=number(int, 1, 10000),
-        help="network evaluations a sample takes, at most T (default: T on a GPU, 50 on a CPU)")
+        help="network evaluations a sample takes, at most T (default: T on a GPU, 20 on a CPU)")
     add("--eta", metavar="X", type=number(float, 0, 1), default=1.0, help="1: ancestral sampling; 0: DDIM")
     return parser.parse_args(argv)
 
@@ -639,7 +639,7 @@ def main(argv=None, watch=None):
     device, out = common.pick_device(args.device), Path(args.out)
     model = load(out / "ddpm.pt", device) if args.sample else None
     T = model.T if model else args.T
-    args.steps = args.steps or (T if device.type == "cuda" else min(T, 50))
+    args.steps = args.steps or (T if device.type == "cuda" else min(T, 20))
     if args.steps > T:
         raise common.InputError(f"--steps {args.steps} is more than the chain's T = {T}")
     if model:

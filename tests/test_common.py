@@ -451,3 +451,21 @@ def test_import_is_free_of_side_effects():
     code = "import torch, sys; s = torch.get_rng_state(); import common; " \
            "assert torch.equal(s, torch.get_rng_state()); assert 'matplotlib.pyplot' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], cwd=REPO, check=True)
+
+
+def test_what_does_not_compile_runs_as_it_is(monkeypatch, capsys):
+    device, compiled = torch.device("cuda"), []
+
+    def broken(f, **_):
+        compiled.append(f)
+        return lambda *_: (_ for _ in ()).throw(RuntimeError("Cannot find a working triton installation.\nmore"))
+    monkeypatch.setattr(torch, "compile", broken)
+    f = common.compiled(lambda x: x + 1, device)
+    assert [f(1), f(2)] == [2, 3] and len(compiled) == 1
+    said = capsys.readouterr().err
+    assert said.splitlines() == ["not compiled, so slower: Cannot find a working triton installation."]
+    fail = common.compiled(lambda x: 1 / x, device)
+    with pytest.raises(ZeroDivisionError):  # its own errors are not hidden
+        fail(0)
+    plain = len.__call__
+    assert common.compiled(plain, torch.device("cpu")) is plain

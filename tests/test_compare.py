@@ -5,6 +5,7 @@ import json
 import math
 import re
 import shutil
+import time
 from argparse import Namespace
 from collections import Counter
 
@@ -497,3 +498,24 @@ def test_a_model_of_other_data_is_refused_before_anything_is_measured(compared, 
     with pytest.raises(common.InputError, match=f"{name}.pt was trained on mnist, not synthetic.*--out") as error:
         compare.main([*FLAGS, str(tmp_path)])
     assert "\n" not in str(error.value) and not (tmp_path / "results.json").exists()
+
+
+# ---- the benchmark
+
+def test_the_reports_network_is_as_described():
+    net = compare.ReportNet()
+    widths = [1, 64, 128, 256, 512, 256, 128, 64]
+    kernels = sum(49 * a * b for a, b in zip(widths, widths[1:])) + 9 * 64
+    assert sum(p.numel() for p in net.parameters()) == kernels + sum(widths[1:]) + 1 + 2 * sum(widths[1:])
+    assert 16.8e6 < kernels < 17e6
+    x = torch.randn(2, 1, 28, 28)
+    assert net(x, None).shape == x.shape
+
+
+def test_work_and_time_are_counted():
+    a, calls = torch.randn(64, 32), []
+    assert compare.flops(lambda: a.T @ a) == 2 * 32 * 64 * 32
+    kernel = torch.randn(8, 4, 3, 3)
+    assert compare.flops(lambda: nn.functional.conv2d(torch.ones(2, 4, 6, 6), kernel, padding=1)) == 2 * 2 * 36 * 8 * 4 * 9
+    seconds = compare.per_call(lambda: calls.append(time.sleep(0.02)), torch.device("cpu"), seconds=0.1)
+    assert 0.02 <= seconds < 0.2 and len(calls) >= 5

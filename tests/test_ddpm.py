@@ -1,4 +1,5 @@
 import contextlib
+import copy
 import io
 import math
 import os
@@ -174,7 +175,7 @@ def test_the_vlb_loss_reaches_pixels_that_sampling_would_clip():
         gradients = []
         for clip in (True, False):
             out = (5 + eps).requires_grad_()  # far outside [-1, 1]
-            loss = fake(out, predict="x0", clip=clip).loss(x0.detach(), torch.tensor([t, t]), eps, "vlb")
+            loss = fake(out, predict="x0", clip=clip).vlb_loss(x0.detach(), torch.tensor([t, t]), eps)
             gradients.append(torch.autograd.grad(loss, out)[0])
         close(*gradients)
         assert t == 1 or (gradients[0] != 0).all()  # at t = 1 a white pixel may be guessed as bright as one likes
@@ -657,3 +658,54 @@ def test_fourier_features_show_noise_below_a_gray_level():
     assert step[0] < 1e-4 and step.max() > 0.05
     settings = {"T": 10, "schedule": "logsnr", "predict": "eps", "sigma": "beta", "fourier": True}
     assert ddpm.build(settings).net.fourier
+
+
+# ---- the fast path against plain float32: the same weights, the same noise
+
+@pytest.fixture(scope="module")
+def network():
+    """A network with weights as after training: nothing is zero."""
+    torch.manual_seed(0)
+    net = ddpm.UNet(width=16, deep=16, embed=16)
+    for p in net.parameters():
+        torch.nn.init.normal_(p, std=0.1) if p.dim() > 1 else None
+    return net
+
+
+def relative(a, b):
+    return ((a.float() - b).norm() / b.norm()).item()
+
+
+def test_bfloat16_agrees_with_float32(network):
+    model, x0 = DDPM(network, T=50, predict="v", sigma="posterior", clip=True), levels(8, 1, 28, 28).float()
+    t, eps = model.draw(x0)
+    ends, gradients = [], []
+    for fast in False, True:
+        with torch.autocast("cpu", torch.bfloat16, enabled=fast):
+            loss = model.loss(x0, t, eps)
+        gradients.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(network.parameters()))]))
+        torch.manual_seed(1)
+        with torch.autocast("cpu", torch.bfloat16, enabled=fast):
+            ends.append((loss.detach(), model.sample(8, 10)))
+    (loss, x), (fast_loss, fast_x) = ends
+    assert relative(fast_loss, loss) < 1e-3 and relative(gradients[1], gradients[0]) < 0.02
+    assert (fast_x - x).abs().mean() < 0.01  # gray levels from 0 to 1, after ten steps
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="compiling on a CPU takes a C++ compiler")
+def test_the_compiled_loss_agrees_with_the_plain_one(network):
+    model, x0 = DDPM(network, T=50, predict="v"), levels(4, 1, 28, 28).float()
+    t, eps = model.draw(x0)
+    results = []
+    for loss_of in model.loss, torch.compile(model.loss, dynamic=False):
+        loss = loss_of(x0, t, eps)
+        gradient = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(network.parameters()))])
+        results.append((loss.detach(), gradient))
+    (loss, gradient), (fast_loss, fast_gradient) = results
+    assert relative(fast_loss, loss) < 1e-5 and relative(fast_gradient, gradient) < 1e-4
+
+
+def test_channels_last_agrees_with_the_plain_layout(network):
+    x, t = torch.randn(2, 1, 28, 28), torch.tensor([3, 40])
+    plain = network(x, t)
+    close(copy.deepcopy(network).to(memory_format=torch.channels_last)(x, t), plain, rtol=1e-4, atol=1e-5)

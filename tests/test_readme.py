@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-import common
+import compare
 import ddpm
 import vae
 
@@ -27,11 +27,7 @@ def test_snippets_stand_in_the_source(snippet):
 
 @pytest.mark.parametrize("script, flags", COMMANDS)
 def test_commands_are_understood(script, flags):
-    if script == "compare":
-        parser = common.arguments("", "", None, None, None)
-        parser.parse_args(shlex.split(flags))
-    else:
-        {"vae": vae, "ddpm": ddpm}[script].parse(shlex.split(flags))
+    {"vae": vae, "ddpm": ddpm, "compare": compare}[script].parse(shlex.split(flags))
 
 
 def test_flags_exist():
