@@ -646,7 +646,7 @@ def locked(folder, wait=False):
 
 
 def for_training(model, method, device):
-    """method of model, a loss: compiled for a GPU; under torchrun with the mean of all processes' gradients."""
+    """method of model, a loss: compiled for a GPU; under torchrun with the mean of all gradients."""
     method = compiled(method, device)
     if not TORCHRUN:
         return method
