@@ -931,7 +931,8 @@ def measure(args, device, out):
         "pairs": [{"seed": seed, **{name: measured(x) for name, x in pair.items()}}
                   for seed, pair in zip(pairs, drawn)],
         "curves": {f"VAE, {v.latent_dim}-D": v.training_run["curve"], "VAE, 20-D": wide.training_run["curve"],
-                   "DDPM": d.training_run["curve"], "DDPM, the report's Adam on ε": adam.training_run["curve"]},
+                   "DDPM": d.training_run["curve"],
+                   "DDPM, the report's Adam on ε": adam.training_run["curve"]},
         "few_steps": {"n": few, "n_curve": min(size["curve"], n), "vae": distance(samples["vae"][:few]),
                       "ddpm": few_steps(d, distance, few, size["batch"], args.seed, device)}}
     rows = [results[name] for name in ("real", "test", "noise")] + [*results["others"].values()]
