@@ -405,8 +405,8 @@ def peak_memory(device):
 def compiled(f, device):
     """f for a GPU: its kernels fused and replayed as CUDA graphs, for a small network waits for launches.
 
-    Where that fails (no Triton, no C compiler), one line says so and f is called as it is.  On a CPU it is f
-    itself: compiling took 20 to 40 s there and gained nothing.
+    Where a call fails (no Triton, no C compiler), one line says so and f is called as it is.  On a CPU it is
+    f itself: compiling took 20 to 40 s there and gained nothing.
     """
     if device.type != "cuda":
         return f
@@ -705,7 +705,7 @@ def arguments(doc, examples, epochs, batch_size, lr):
         help="passes over the training images" + " (default: by the device)" * (epochs is None))
     add("--batch-size", metavar="N", type=number(int, 1, 60000), default=batch_size,
         help="images per step" + " (default: by the device)" * (batch_size is None))
-    add("--lr", metavar="X", type=number(float, 1e-8, 1), default=lr, help="Adam's learning rate")
+    add("--lr", metavar="X", type=number(float, 1e-8, 1), default=lr, help="learning rate of Adam")
     add("--seed", metavar="N", type=number(int, 0, 2**32 - 1), default=0, help="of all random numbers")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N; auto is cuda where there is one")
     add("--resume", action="store_true", help="go on from the checkpoint in --out, with the same settings")

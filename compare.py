@@ -292,7 +292,7 @@ def few_steps(model, distance, n, batch, seed, device):
 
 # Reconstruction, which a DDPM can do in two ways.
 
-BACK = "DDPM, DDIM to $x_T$ and back"
+BACK, QUARTER = "DDPM, DDIM to $x_T$ and back", "DDPM, noise to t = T/4 and back"
 
 
 @torch.no_grad()
@@ -305,12 +305,12 @@ def ddpm_reconstructions(model, x, steps):
     chain, x0 = model.respace(steps), ddpm.to_model(x)
     *_, (_, back, _) = chain.trajectory(chain.ddim_encode(x0), eta=0)
     rows = {BACK: ddpm.to_image(back)}
-    for quarters, name in ((1, "T/4"), (2, "T/2"), (3, "3T/4")):
+    for quarters, name in ((1, QUARTER), (2, QUARTER.replace("T/4", "T/2")), (3, QUARTER.replace("T", "3T"))):
         start = max(1, round(chain.T * quarters / 4))
         t = torch.full((len(x),), start, device=x.device)
         xt = chain.q_sample(x0, t, torch.randn_like(x0))
         *_, (_, back, _) = chain.trajectory(xt, start=start)
-        rows[f"DDPM, noise to t = {name} and back"] = ddpm.to_image(back)
+        rows[name] = ddpm.to_image(back)
     return rows
 
 
@@ -350,7 +350,7 @@ def figure_reparameterization(model, x, labels, path, data):
         figure.add_artist(ConnectionPatch((after, 0.75), (before, 0.75), *fractions, axesA=a, axesB=b,
                                           arrowstyle="->"))
         x_text = (a.get_position().x1 + b.get_position().x0) / 2
-        figure.text(x_text - 0.012, 0.69, text, ha="center", va="bottom", fontsize=7)
+        figure.text(x_text - 0.02, 0.69, text, ha="center", va="bottom", fontsize=7)
     figure.add_artist(ConnectionPatch((before, 0.3), (after, 0.3), *fractions, axesA=right, axesB=middle,
                                       arrowstyle="->", color="C3", linestyle="--"))
     figure.text(0.698, 0.365, "gradient", ha="center", color="C3", fontsize=7)
@@ -402,6 +402,7 @@ def figure_bridge(results, path, data):
              title=f"From one latent layer to a thousand: {data} test images")
     axes.set_yticks([1, 2, 3, 4, 6, 8], ["1", "2", "3", "4", "6", "8"], minor=False)
     axes.set_yticks([], minor=True)
+    axes.set_ylim(0.85 * min(value), 1.2 * max(*value, one["bits_per_dim"]))
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path)
@@ -503,18 +504,23 @@ def value(results, name, key):
         return values[0], error, written(key, values[0], error)
     values = torch.tensor(values, dtype=torch.float64)
     mean, std = values.mean().item(), values.std().item()
-    return mean, std / len(values) ** 0.5, written(key, mean, std, "{} ± {}")
+    # a deviation known from few pairs: Student's t for 95 %, as a multiple of 2
+    wider = {2: 6.35, 3: 2.15, 4: 1.59, 5: 1.39, 6: 1.29, 7: 1.22}.get(len(values), 1.15)
+    return mean, wider * std / len(values) ** 0.5, written(key, mean, std, "{} ± {}")
 
 
 def sample_rows(results):
     """The table of samples: for each kind of image its name, the METRICS, and the p of its classes."""
     v, d = results["vae"], results["ddpm"]
     rows = [[label, *(value(results, name, key)[2] for key in METRICS), f"{row['samples']['class_p']:.1g}"]
-            for label, name, row in ((f"VAE, {v['latent_dim']}-D", "vae", v), ("DDPM", "ddpm", d))]
-    others = {**results["others"], "real digits, test": results["test"],
-              "real digits, training": results["real"], "uniform noise": results["noise"]}
-    return rows + [[label, *(written(key, row[key], row[f"{key}_error"]) for key in METRICS),
-                    f"{row['class_p']:.1g}"] for label, row in others.items()]
+            for label, name, row in (
+                (f"VAE, {v['latent_dim']}-D, {v['settings']['epochs']} epochs", "vae", v),
+                (f"DDPM, {d['settings']['epochs']} epochs", "ddpm", d))]
+    others = {**{f"{name}, {row['epochs']} epochs": row for name, row in results["others"].items()},
+              "real digits, test": results["test"], "real digits, training": results["real"],
+              "uniform noise": results["noise"]}
+    return rows + [[label, *(written(key, row[key], row[f"{key}_error"]) if key in row else ""
+                             for key in METRICS), f"{row['class_p']:.1g}"] for label, row in others.items()]
 
 
 def time_rows(results):
@@ -532,7 +538,7 @@ def time_rows(results):
         row("epochs", "{}", lambda m: m["training"]["epochs"], "100"),
         row("training, s per epoch", "{:.1f}", lambda m: m["training"]["seconds_per_epoch"]),
         row("training, s in all", "{:.0f}", lambda m: m["training"]["seconds"], reported),
-        row("peak memory of the process, MB", "{:.0f}", lambda m: m["training"]["peak_memory_mb"]),
+        row("peak memory of the process by then, MB", "{:.0f}", lambda m: m["training"]["peak_memory_mb"]),
         row("network evaluations per sample", "{}", lambda m: m["sampling"]["evaluations"]),
         row("ms per sample, batch of 1", "{:.2f}", lambda m: m["sampling"]["ms_batch_1"]),
         row(f"ms per sample, batch of {large}", "{:.3f}", lambda m: m["sampling"]["ms_large_batch"]),
@@ -544,7 +550,7 @@ def time_rows(results):
 
 def claims(results):
     """The report's sentences as (claim, what was measured, verdict, the figure that shows it)."""
-    v, d, real = results["vae"], results["ddpm"], results["real"]
+    v, d, real, test = results["vae"], results["ddpm"], results["real"], results["test"]
 
     def verdict(margin, error):  # holds if the margin is above zero by more than twice its standard error
         return "holds" if margin > 2 * error else "does not hold" if margin < -2 * error else "cannot tell"
@@ -575,7 +581,7 @@ def claims(results):
          f"real digits {real['precision']:.3f}",
          nearer if agrees or outside == "cannot tell" else "cannot tell", "figure3_samples.png"),
         ("it does not produce as many degenerate images",
-         f"the classifier is under 90 % sure of a share of {shares}, real digits {real['degenerate']:.3f}",
+         f"the classifier is under 90 % sure of a share of {shares}, test digits {test['degenerate']:.3f}",
          fewer, "figure3_samples.png"),
         ("its samples lack diversity",
          f"recall {text}, real digits {real['recall']:.3f}, the VAE {value(results, 'vae', 'recall')[2]}; "
@@ -585,9 +591,10 @@ def claims(results):
          f"{slower:.0f} times as long, epoch for epoch{when}",
          "holds" if slower > 1 else "does not hold", "quality.png"),
         ("its outputs cannot be compared with given images, for it starts from noise",
-         f"encoded by DDIM and back, test digits are off by {errors[BACK][0]:.3f} (rms per pixel), "
-         f"the VAE's by {errors['VAE'][0]:.3f}, black images by {errors['all black'][0]:.3f}",
-         verdict(errors[BACK][0] - errors["all black"][0] / 2, errors[BACK][1]), "reconstructions.png"),
+         f"test digits come back from t = T/4 with an error of {errors[QUARTER][0]:.3f} (rms per pixel), by "
+         f"DDIM from x_T with {errors[BACK][0]:.3f}; the VAE's {errors['VAE'][0]:.3f}, black images "
+         f"{errors['all black'][0]:.3f}",
+         verdict(errors[QUARTER][0] - errors["all black"][0] / 2, errors[QUARTER][1]), "reconstructions.png"),
         ("its many steps allow for more expressiveness",
          f"bits/dim of one network: {one['bits_per_dim']:.2f} in {fewest} steps, {every['bits_per_dim']:.2f} "
          f"in {most}; the VAE {v['bound']['bits_per_dim']:.2f}",
@@ -606,8 +613,12 @@ def write_report(results, out):
     one, encoded, few = v["bound"], r["encoded"], r["few_steps"]
     real_data = "" if r["data"] == "mnist" else "\n**These are SYNTHETIC digits, not MNIST.**\n"
     seeds = ", ".join(str(pair["seed"]) for pair in r["pairs"])
-    spread = (f"± is the standard deviation over these {len(r['pairs'])} trained pairs" if len(r["pairs"]) > 1
-              else "one trained pair, so there is no ±")
+    if d["settings"]["seed"] != v["settings"]["seed"]:
+        seeds += f" (the DDPM's {d['settings']['seed']})"
+    spread = (f"± is the standard deviation over these {len(r['pairs'])} pairs, all else is of the first"
+              if len(r["pairs"]) > 1 else "one trained pair, so there is no ±")
+    compiled = ("Nothing is compiled" if r["device"].startswith("CPU") else
+                "The losses are compiled, which counts as training")
     judged = markdown(["the report says", "measured", "", "figure"], claims(r))
     samples = markdown(["", *(head for head, _ in METRICS.values()), "p of the classes"], sample_rows(r))
     times = markdown(["", f"VAE, {v['latent_dim']}-D", "DDPM", "the report"], time_rows(r))
@@ -627,16 +638,17 @@ def write_report(results, out):
     (out / "report.md").write_text(f"""# VAE and DDPM on {common.NAMES[r['data']]}
 
 {r['date']}, {r['device']}, torch {r['torch']}, seeds {seeds}: {spread}.
-In parentheses stands the sampling noise: the standard deviation over resamples of the images.  Nothing is
-compiled.  Samples are the first from the seed, none is left out.
+In parentheses stands the sampling noise: the standard deviation over resamples of the images.  {compiled}.
+Samples are the first from the seed, none is left out.
 {real_data}
 ## The report's claims
 
 {judged}
 
-A claim holds, or does not, where a difference is more than twice its standard error. Fidelity also needs Fréchet distance and precision to agree.
-Diversity is lacking where recall is below real digits', or the classes differ from the training labels' with p < 0.001. That images cannot be
-compared does not hold if they come back with less than half the error of black ones.
+A claim holds, or does not, where a difference is more than twice its standard error. The Fréchet distance decides on fidelity, unless precision
+contradicts it. Diversity is lacking where recall is below real digits', or the classes differ from the training labels' with p < 0.001. That
+images cannot be compared does not hold if they come back from t = T/4 with less than half the error of black ones; the way by DDIM does not
+count, since any network, even an untrained one, leads back to 784 pixels from the 784 numbers of x_T.
 
 ## Samples, n = {v['samples']['n']}
 
@@ -646,7 +658,7 @@ The yardstick is a classifier that reads {100 * r['classifier_accuracy']:.2f} % 
 features to those of all test digits; real digits' own is {r['floors']['samples']:.2f} at this n (mean over draws of training digits). Precision: the share of samples
 within the manifold of real digits; recall: the share of real digits within the samples'. Degenerate: the classifier is under 90 % sure.
 Classes off by: total variation from the training labels' shares, with p of a χ² test. Nearest training image: median Euclidean distance
-of images in [0, 1]; copies: the share that is nearer than 99 % of the test digits are.
+of images in [0, 1]; copies: the share that is nearer than 99 % of the test digits are. Ratios at different n cannot be compared.
 
 ![Ten samples of each](figure3_samples.png)
 ![Classes and memorization](diversity.png)
@@ -769,7 +781,7 @@ def benchmark_report_net(device, fast):
     model.eval()
     return [{"what": f"training {name}", "batch": batch, "seconds": seconds, "flops": work, "memory": memory},
             {"what": f"evaluating {name}", "batch": batch, "seconds": per_call(evaluate, device),
-             "flops": flops(evaluate), "memory": memory}]
+             "flops": flops(evaluate)}]  # its memory would be that of training
 
 
 def benchmark_training(name, data, data_dir, device, out):
@@ -819,7 +831,7 @@ def benchmark(args, device):
         row["share"] = row["flops"] / row["seconds"] / peak
         row["ratio"] = slow[row["what"].split()[0]] * row["images_per_second"]
         print(f"{row['what']:46} {row['batch']:6} {row['images_per_second']:10,.1f} "
-              f"{1000 * row['seconds']:9.2f} {row['memory'] / 1e6:6.0f} "
+              f"{1000 * row['seconds']:9.2f} {row['memory'] / 1e6 if 'memory' in row else math.nan:6.0f} "
               f"{row['flops'] / row['seconds'] / 1e9:8,.0f} {row['share']:8.1%} {row['ratio']:13,.1f}")
     results = {"device": describe(device), "torch": torch.__version__, "peak_flops": peak, "rows": rows,
                "date": datetime.date.today().isoformat()}
@@ -857,14 +869,22 @@ def trained(script, args, out, watch, **own):
 @torch.no_grad()
 def measure(args, device, out):
     """Everything that goes into results.json, and the figures that compare.py adds."""
-    there = [] if args.overwrite else [*out.glob("**/vae.pt"), *out.glob("**/ddpm.pt")]
-    for path in there:  # before the long work
+    seeds = range(args.seed, args.seed + args.seeds)
+    folders = [out] + [out / f"seed_{seed}" for seed in seeds[1:]]
+    paths = [folder / name for folder in folders for name in ("vae.pt", "ddpm.pt")]
+    paths += [out / "vae20" / "vae.pt", out / "autoencoder" / "vae.pt", out / "adam" / "ddpm.pt"]
+    for path in paths if not args.overwrite else ():  # before the long work
+        if not path.exists():
+            continue
         script = SCRIPTS[path.stem]
         missing = set(script.SETTINGS) - (settings := script.load(path).settings).keys()
         if missing:
             raise common.InputError(f"{path} is of another version of this code: it has no {missing.pop()}")
         if (made_of := settings["data"]) != args.data:
             raise common.InputError(f"{path} was trained on {made_of}, not {args.data}: choose another --out")
+        if path.parent == out and args.seeds > 1 and settings["seed"] != args.seed:
+            raise common.InputError(f"{path} was trained from seed {settings['seed']}, and --seeds starts "
+                                    f"from {args.seed}: give it that --seed, or choose another --out")
     size, data = SIZES[device.type], common.NAMES[args.data]
     with torch.enable_grad():
         classifier = train_classifier(args, device)
@@ -885,9 +905,9 @@ def measure(args, device, out):
 
     # The models: the pairs, and what stands beside the first of them.
     v, d = (trained(script, args, out, watch) for script in (vae, ddpm))
-    pairs = {args.seed: {"vae": v, "ddpm": d}}
-    for seed in range(args.seed + 1, args.seed + args.seeds):
-        pairs[seed] = {script.__name__: trained(script, args, out / f"seed_{seed}", watch,
+    pairs = {v.settings["seed"]: {"vae": v, "ddpm": d}}
+    for seed, folder in zip(seeds[1:], folders[1:]):
+        pairs[seed] = {script.__name__: trained(script, args, folder, watch,
                                                 **model.settings | {"seed": seed})
                        for script, model in ((vae, v), (ddpm, d))}
     epochs = v.settings["epochs"]  # rows beside the main one: a short run where minutes count
@@ -925,17 +945,21 @@ def measure(args, device, out):
         "date": datetime.date.today().isoformat(), "report": REPORT,
         "classifier_accuracy": (probabilities.argmax(1) == y_test).double().mean().item(),
         "floors": {name: floor(min(size[name], n)) for name in ("samples", "curve", "steps")},
-        "real": measured(x_train[shuffled[:n]] / 255), "test": measured(x_test[-n:]),
+        "real": measured(x_train[shuffled[:n]] / 255),
+        # of the test digits nothing for which they would be held against themselves
+        "test": {key: number for key, number in measured(x_test[:n]).items()
+                 if not key.startswith(("frechet", "precision", "recall"))},
         "noise": measured(torch.rand_like(x_test[:n])),
-        "others": {name: measured(x) for name, x in others.items()},
+        "others": {name: measured(x) | {"epochs": short["epochs"]} for name, x in others.items()},
         "pairs": [{"seed": seed, **{name: measured(x) for name, x in pair.items()}}
                   for seed, pair in zip(pairs, drawn)],
-        "curves": {f"VAE, {v.latent_dim}-D": v.training_run["curve"], "VAE, 20-D": wide.training_run["curve"],
+        "curves": {f"VAE, {v.latent_dim}-D": v.training_run["curve"],
+                   f"VAE, 20-D, {short['epochs']} epochs": wide.training_run["curve"],
                    "DDPM": d.training_run["curve"],
                    "DDPM, the report's Adam on ε": adam.training_run["curve"]},
         "few_steps": {"n": few, "n_curve": min(size["curve"], n), "vae": distance(samples["vae"][:few]),
                       "ddpm": few_steps(d, distance, few, size["batch"], args.seed, device)}}
-    rows = [results[name] for name in ("real", "test", "noise")] + [*results["others"].values()]
+    rows = [results["real"], results["noise"], *results["others"].values()]
     for row in rows + [pair[name] for pair in results["pairs"] for name in ("vae", "ddpm")]:
         row |= {f"ratio{end}": row[f"frechet{end}"] / results["floors"]["samples"] for end in ("", "_error")}
 
@@ -968,10 +992,11 @@ def measure(args, device, out):
         far, which = nearest(x, train["x"])
         classes = look(classifier, x)[1].argmax(1)
         first = torch.stack([torch.where(classes == digit, far, math.inf).argmin() for digit in range(10)])
+        found = (classes[first] == torch.arange(10, device=device)).view(-1, 1, 1, 1)  # else it stays black
         close = train["x"][which[first]].view(-1, 1, 28, 28)
-        rows |= {name: x[first], f"training image\nnearest to {name}": close}
-    common.plot_rows(rows, out / "neighbours.png", f"Of {n} images that are read as a digit, the one that is "
-                     f"nearest to a training image, {data}", [f"read as {digit}" for digit in range(10)])
+        rows |= {name: x[first] * found, f"training image\nnearest to {name}": close * found}
+    common.plot_rows(rows, out / "neighbours.png", f"Of {n} images, for each digit the one read as it that "
+                     f"is nearest to a training image, {data}", [f"read as {digit}" for digit in range(10)])
     if v.latent_dim == 2:
         digits = torch.stack([(y_test == i).nonzero()[0, 0] for i in range(0, 10, 2)])  # the first of each
         path = out / "figure1_reparameterization.png"
@@ -1003,6 +1028,7 @@ def parse(argv):
 
 def main(argv=None):
     args = parse(argv)
+    args.overwrite &= not args.resume  # after Ctrl-C, what is begun anew is not begun once more
     if common.WORLD > 1:
         raise common.InputError("one process compares: give torchrun vae.py and ddpm.py, then run this")
     device, args.data = common.pick_device(args.device), common.find_data(args.data, args.data_dir)

@@ -363,11 +363,12 @@ class DDPM(nn.Module):
     def ddim_encode(self, x0):
         """The x_T from which the chain with eta = 0 comes back to x0, but for the error of finite steps.
 
-        x_{t+1} = √ᾱ_{t+1} x̂_0 + √(1-ᾱ_{t+1}) ε̂, both from x_t; like x0.  Song et al. 2021, section 4.3
+        x_{t+1} = √ᾱ_{t+1} x̂_0 + √(1-ᾱ_{t+1}) ε̂, both from x_t; like x0.  x_0 is taken for x_1, since no
+        network was trained at t = 0.  Song et al. 2021, section 4.3
         """
         xt = x0
-        for s in range(self.T):
-            t = torch.full((len(x0),), max(s, 1), device=x0.device)  # no network was trained at t = 0
+        for s in range(1, self.T):
+            t = torch.full((len(x0),), s, device=x0.device)
             x0_hat = self.predict_x0(xt, t)
             xt = self.q_sample(x0_hat, torch.full_like(t, s + 1), self.eps_from_x0(xt, t, x0_hat))
         return xt
@@ -625,7 +626,7 @@ def parse(argv):
         help="σ² of the reverse steps: β, β̃, which is better in few steps, or fitted to the network "
              "(default: posterior; with --sample the checkpoint's)")
     add("--optimizer", choices=["muon", "adam"], default="muon",
-        help="of the convolutions; all else is trained by Adam")
+        help="of the inner convolutions, with 20 times --lr; all else is trained by Adam")
     add("--sample", metavar="N", type=number(int, 1, 10000),
         help="draw N samples from the checkpoint and stop")
     add("--steps", metavar="K", type=number(int, 1, 10000),
