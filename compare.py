@@ -400,7 +400,8 @@ def figure_bridge(results, path, data):
     axes.set(xscale="log", yscale="log",
              xlabel="latent layers K", ylabel="-ELBO in bits/dim, lower is better",
              title=f"From one latent layer to a thousand: {data} test images")
-    axes.set_yticks([1, 2, 3, 4, 6, 8], ["1", "2", "3", "4", "6", "8"], minor=False)
+    ticks = [1, 1.5, 2, 2.5, 3, 4, 6, 8]
+    axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks], minor=False)
     axes.set_yticks([], minor=True)
     axes.set_ylim(0.85 * min(value), 1.2 * max(*value, one["bits_per_dim"]))
     axes.grid(alpha=0.3)
