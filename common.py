@@ -402,26 +402,31 @@ def peak_memory(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def compiled(f, device):
-    """f for a GPU: its kernels fused and replayed as CUDA graphs, for a small network waits for launches.
+def compiled(f, model, device):
+    """f, a loss of model, for a GPU: its kernels fused and replayed as CUDA graphs.
 
-    Where a call fails (no Triton, no C compiler), one line says so and f is called as it is.  On a CPU it is
-    f itself: compiling took 20 to 40 s there and gained nothing.
+    A small network waits for its launches.  Where a call fails (no Triton, no C compiler), one line says so
+    and f is called as it is.  On a CPU it is f itself: compiling took 20 to 40 s there and gained nothing.
     """
     if device.type != "cuda":
         return f
-    fast = torch.compile(f, dynamic=False, mode="reduce-overhead")
+    fast, tried = torch.compile(f, dynamic=False, mode="reduce-overhead"), False
 
     def attempt(*args, **kwargs):
-        nonlocal fast
+        nonlocal fast, tried
         try:
+            if not tried:  # the backward pass is only compiled when it is called
+                out = fast(*args, **kwargs)
+                total = sum(each.sum() for each in (out if isinstance(out, tuple) else (out,)))
+                torch.autograd.grad(total, list(model.parameters()), allow_unused=True)
+                tried = True
             return fast(*args, **kwargs)
         except Exception as error:  # whatever the compiler's own stack may raise
             if fast is f or isinstance(error, torch.OutOfMemoryError):
                 raise
             reason = (str(error).strip() or repr(error)).splitlines()[0]
             tqdm.write(f"not compiled, so slower: {reason[:120]}", file=sys.stderr)
-            fast = f
+            fast, tried = f, True
             return f(*args, **kwargs)
     return attempt
 
@@ -647,7 +652,7 @@ def locked(folder, wait=False):
 
 def for_training(model, method, device):
     """method of model, a loss: compiled for a GPU; under torchrun with the mean of all gradients."""
-    method = compiled(method, device)
+    method = compiled(method, model, device)
     if not TORCHRUN:
         return method
     loss = torch.nn.Module()  # DistributedDataParallel calls forward, and nothing else

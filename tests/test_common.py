@@ -453,19 +453,43 @@ def test_import_is_free_of_side_effects():
     subprocess.run([sys.executable, "-c", code], cwd=REPO, check=True)
 
 
-def test_what_does_not_compile_runs_as_it_is(monkeypatch, capsys):
-    device, compiled = torch.device("cuda"), []
+class Broken(torch.autograd.Function):
+    """What compiles forwards, but not backwards."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        raise RuntimeError("Cannot find a working triton installation.\nmore")
+
+
+@pytest.mark.parametrize("forwards", [True, False])
+def test_what_does_not_compile_runs_as_it_is(monkeypatch, capsys, forwards):
+    model, made = torch.nn.Linear(1, 1), []
 
     def broken(f, **_):
-        compiled.append(f)
-        return lambda *_: (_ for _ in ()).throw(RuntimeError("Cannot find a working triton installation.\nmore"))
+        made.append(f)
+        return lambda x: (Broken.backward(None, x) if forwards else (Broken.apply(f(x)[0]), f(x)[1]))
+
+    def loss(x):
+        return model(x).sum(), model(x).sum()
     monkeypatch.setattr(torch, "compile", broken)
-    f = common.compiled(lambda x: x + 1, device)
-    assert [f(1), f(2)] == [2, 3] and len(compiled) == 1
+    f, x = common.compiled(loss, model, torch.device("cuda")), torch.ones(2, 1)
+    assert [f(x)[0].item(), f(x)[1].item()] == [loss(x)[0].item()] * 2 and len(made) == 1
+    f(x)[0].backward()
     said = capsys.readouterr().err
     assert said.splitlines() == ["not compiled, so slower: Cannot find a working triton installation."]
-    fail = common.compiled(lambda x: 1 / x, device)
+    fail = common.compiled(lambda x: 1 / x, model, torch.device("cuda"))
     with pytest.raises(ZeroDivisionError):  # its own errors are not hidden
         fail(0)
-    plain = len.__call__
-    assert common.compiled(plain, torch.device("cpu")) is plain
+    assert common.compiled(loss, model, torch.device("cpu")) is loss
+
+
+def test_what_compiles_is_called_once_for_trial(monkeypatch):
+    model, calls = torch.nn.Linear(1, 1), []
+    monkeypatch.setattr(torch, "compile", lambda f, **_: lambda x: calls.append(1) or f(x))
+    f = common.compiled(lambda x: model(x).sum(), model, torch.device("cuda"))
+    f(torch.ones(2, 1)), f(torch.ones(2, 1))
+    assert len(calls) == 3 and model.weight.grad is None
