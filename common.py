@@ -822,6 +822,7 @@ def run(main):
         with contextlib.redirect_stdout(quiet or sys.stdout), contextlib.redirect_stderr(quiet or sys.stderr):
             main()
         if TORCHRUN:
+            time.sleep(1)  # destroy holds Python's lock, and gloo's threads still need it for a moment
             dist.destroy_process_group()
     except torch.OutOfMemoryError:
         _fail("the GPU is out of memory; lower --batch-size if it was training, else --sample")
