@@ -406,7 +406,7 @@ def compiled(f, model, device):
     """f, a loss of model, for a GPU: its kernels fused and replayed as CUDA graphs.
 
     A small network waits for its launches.  Where a call fails (no Triton, no C compiler), one line says so
-    and f is called as it is.  On a CPU it is f itself: compiling took 20 to 40 s there and gained nothing.
+    and f is called as it is.  On a CPU it is f itself: compiling took about 20 s there and gained nothing.
     """
     if device.type != "cuda":
         return f
@@ -584,7 +584,8 @@ class Run:
         wrong = ~self.values[:self.step].isfinite().all(1)
         if wrong.any():
             self._diverged(f"the loss is not finite at step {int(wrong.int().argmax()) + 1}")
-        if not all(p.isfinite().all() for p in self.parts["model"].parameters()):
+        finite = torch.stack([p.isfinite().all() for p in self.parts["model"].parameters()])  # to wait once
+        if not finite.all():
             self._diverged(f"the weights are not finite after step {self.step}")
         latest = zip(self.terms, self.values[self.step - 1].tolist())
         self.bar.set_postfix({term: f"{value:.4g}" for term, value in latest})

@@ -398,7 +398,7 @@ class Block(nn.Module):
     def __init__(self, cin, cout, embed):
         super().__init__()
         # GroupNorm and not BatchNorm: a batch mixes all t, whose statistics have nothing in common.  One
-        # group is as good here as eight, and ten times as fast on a CPU in bfloat16 with channels_last
+        # group is as good here as eight, and 5 to 10 times as fast on a CPU in bfloat16 and channels_last
         self.norm1, self.conv1 = nn.GroupNorm(1, cin), nn.Conv2d(cin, cout, 3, padding=1)
         self.norm2, self.conv2 = nn.GroupNorm(1, cout), nn.Conv2d(cout, cout, 3, padding=1)
         self.film = nn.Linear(embed, 2 * cout)

@@ -5,7 +5,6 @@ import json
 import math
 import re
 import shutil
-import time
 from argparse import Namespace
 from collections import Counter
 
@@ -165,7 +164,7 @@ def test_class_histogram_its_distance_and_the_table_of_chi2(chi2, p):
 def test_share_of_pictures_the_classifier_is_unsure_of():
     x = torch.cat([pictures(torch.arange(75) % 10), pictures(torch.arange(25) % 10, light=0.3)])
     said = measured(x)
-    assert said["degenerate"] == 0.25 and said["degenerate_error"] == pytest.approx(math.sqrt(0.25 * 0.75 / 100), rel=0.6)
+    assert said["degenerate"] == 0.25 and said["degenerate_error"] == pytest.approx(math.sqrt(0.25 * 0.75 / 100), rel=0.48)  # 3 errors of 20 draws
 
 
 def test_samples_are_compared_with_the_real_features():
@@ -467,7 +466,7 @@ def test_the_table_says_zero_where_zero_was_measured(compared):
 def test_every_sentence_has_its_numbers(compared):
     results = read(compared[0])
     assert list(results["others"]) == ["VAE, 20-D", "autoencoder"]
-    assert all(len(curve) == 1 for curve in results["curves"].values()) or len(results["curves"]) == 4
+    assert [len(curve) for curve in results["curves"].values()] == [1, 1, 0, 1]  # the DDPM was there before
     assert results["few_steps"]["ddpm"].keys() > {"ancestral", "DDIM"}
     assert len(results["encoded"]["rms"]) == 8 and results["encoded"]["rms"]["all black"][0] > 0.1
     assert results["floors"].keys() == {"samples", "curve", "steps"} and min(results["floors"].values()) > 0
@@ -513,10 +512,11 @@ def test_the_reports_network_is_as_described():
     assert net(x, None).shape == x.shape
 
 
-def test_work_and_time_are_counted():
-    a, calls = torch.randn(64, 32), []
+def test_work_and_time_are_counted(monkeypatch):
+    a, clock = torch.randn(64, 32), [0.0]
     assert compare.flops(lambda: a.T @ a) == 2 * 32 * 64 * 32
     kernel = torch.randn(8, 4, 3, 3)
     assert compare.flops(lambda: nn.functional.conv2d(torch.ones(2, 4, 6, 6), kernel, padding=1)) == 2 * 2 * 36 * 8 * 4 * 9
-    seconds = compare.per_call(lambda: calls.append(time.sleep(0.02)), torch.device("cpu"), seconds=0.1)
-    assert 0.02 <= seconds < 0.2 and len(calls) >= 5
+    monkeypatch.setattr(compare.time, "perf_counter", lambda: clock[0])
+    job = lambda: clock.__setitem__(0, clock[0] + 0.5)
+    assert compare.per_call(job, torch.device("cpu"), seconds=2.0) == 0.5 and clock[0] == (2 + 4) * 0.5
