@@ -5,6 +5,7 @@ Images are uint8 tensors (N, 1, 28, 28) where they are stored, and floats in [0,
 
 import argparse
 import contextlib
+import ctypes
 import fcntl
 import functools
 import io
@@ -403,32 +404,76 @@ def peak_memory(device):
 
 
 def compiled(f, model, device):
-    """f, a loss of model, for a GPU: its kernels fused and replayed as CUDA graphs.
+    """f, a loss of model, for a GPU: fewer kernels, each of several operations.  On a CPU it is f itself.
 
-    A small network waits for its launches.  Where a call fails (no Triton, no C compiler), one line says so
-    and f is called as it is.  On a CPU it is f itself: compiling took about 20 s there and gained nothing.
+    Where that fails (no Triton, no C compiler), one line says so and f is called as it is; so it is for a
+    smaller batch, the last of an epoch, since compiling again takes longer than it saves.
     """
     if device.type != "cuda":
         return f
-    fast, tried = torch.compile(f, dynamic=False, mode="reduce-overhead"), False
+    fast, size = torch.compile(f, dynamic=False), 0
 
-    def attempt(*args, **kwargs):
-        nonlocal fast, tried
+    def attempt(x, *args, **kwargs):
+        nonlocal size
+        if len(x) < size:
+            return f(x, *args, **kwargs)
         try:
-            if not tried:  # the backward pass is only compiled when it is called
-                out = fast(*args, **kwargs)
+            if len(x) > size:  # the backward pass is only compiled when it is called
+                out = fast(x, *args, **kwargs)
                 total = sum(each.sum() for each in (out if isinstance(out, tuple) else (out,)))
                 torch.autograd.grad(total, list(model.parameters()), allow_unused=True)
-                tried = True
-            return fast(*args, **kwargs)
+                size = len(x)
+            return fast(x, *args, **kwargs)
         except Exception as error:  # whatever the compiler's own stack may raise
-            if fast is f or isinstance(error, torch.OutOfMemoryError):
+            if isinstance(error, torch.OutOfMemoryError):
                 raise
             reason = (str(error).strip() or repr(error)).splitlines()[0]
             tqdm.write(f"not compiled, so slower: {reason[:120]}", file=sys.stderr)
-            fast, tried = f, True
-            return f(*args, **kwargs)
+            size = math.inf  # no batch is compiled
+            return f(x, *args, **kwargs)
     return attempt
+
+
+def captured(step, device):
+    """step, a training step as a function of tensors, for a GPU: recorded as a CUDA graph, then replayed.
+
+    Hundreds of kernels of a few microseconds each take longer to launch than to run; a graph launches them
+    all at once.  It repeats the same kernels on the same memory, so all that changes from step to step must
+    be in tensors, the learning rate too, and what step returns holds until the next call.  The first three
+    calls run as they are, for they fill in the optimizer's state; so does a smaller batch, the last of an
+    epoch.  On a CPU or under torchrun it is step itself.
+    """
+    if device.type != "cuda" or TORCHRUN:
+        return step
+    stream, size, calls, graph, inputs, out = torch.cuda.Stream(device), 0, 0, None, None, None
+
+    def call(*new):
+        nonlocal size, calls, graph, inputs, out
+        if len(new[0]) > size:
+            size, calls, inputs = len(new[0]), 0, [x.clone() for x in new]
+        calls += len(new[0]) == size
+        if len(new[0]) < size or calls <= 3:
+            stream.wait_stream(torch.cuda.current_stream(device))  # the stream on which it will be recorded
+            with torch.cuda.stream(stream):
+                result = step(*new)
+            torch.cuda.current_stream(device).wait_stream(stream)
+            return result
+        if calls == 4:
+            graph = torch.cuda.CUDAGraph()
+            try:
+                with torch.cuda.graph(graph, stream=stream):  # runs nothing yet
+                    out = step(*inputs)
+            except RuntimeError as error:
+                if isinstance(error, torch.OutOfMemoryError):
+                    raise
+                reason, script = str(error).splitlines()[0][:90], Path(sys.argv[0]).name
+                raise InputError(f"no CUDA graph of the training step ({reason}): torchrun "
+                                 f"--nproc-per-node=1 {script} does without") from error
+        for held, x in zip(inputs, new):
+            held.copy_(x)
+        graph.replay()
+        return out
+    return call
 
 
 class Run:
@@ -652,8 +697,7 @@ def locked(folder, wait=False):
 
 
 def for_training(model, method, device):
-    """method of model, a loss: compiled for a GPU; under torchrun with the mean of all gradients."""
-    method = compiled(method, model, device)
+    """method of model, a loss; under torchrun with the mean of all processes' gradients."""
     if not TORCHRUN:
         return method
     loss = torch.nn.Module()  # DistributedDataParallel calls forward, and nothing else
@@ -729,6 +773,10 @@ def pick_device(name):
     if name == "cpu":
         # Adam's averages of dead units shrink until a CPU computes with them a hundred times slower: then 0
         torch.set_flush_denormal(True)
+        with contextlib.suppress(AttributeError):  # glibc alone has it
+            # it would return the memory of large tensors at each step, and fetch it zeroed at the next
+            mallopt = ctypes.CDLL(None).mallopt
+            mallopt(-1, 1 << 30), mallopt(-3, 1 << 25)  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, in bytes
         return torch.device("cpu")
     if name != "cuda" and WORLD > 1:
         raise InputError(f"--device {name} is one GPU for {WORLD} processes: choose cuda or auto")

@@ -77,9 +77,8 @@ def log_discretized_normal(x0, mean, sigma):
     levels -1 and 1 also get the tail beyond them, so that the 256 levels' probabilities sum to 1.
     """
     level, mean = ((x0.double() + 1) * 127.5).round(), mean.double()  # 0 ... 255; neighbours share their edge
-    inf = torch.tensor(math.inf, dtype=level.dtype, device=level.device)
-    high = torch.where(level == 255, inf, ((level + 0.5) / 127.5 - 1 - mean) / sigma)  # δ_+(x_0)   Ho (13)
-    low = torch.where(level == 0, -inf, ((level - 0.5) / 127.5 - 1 - mean) / sigma)  # δ_-(x_0)   Ho (13)
+    high = torch.where(level == 255, math.inf, ((level + 0.5) / 127.5 - 1 - mean) / sigma)  # δ_+(x_0)   Ho (13)
+    low = torch.where(level == 0, -math.inf, ((level - 0.5) / 127.5 - 1 - mean) / sigma)  # δ_-(x_0)   Ho (13)
     # Φ(high) - Φ(low) = Φ(-low) - Φ(-high): in the upper tail, where Φ is 1 to all digits, take the second
     high, low = torch.where(low > 0, -low, high), torch.where(low > 0, -high, low)
     # log(Φ(high) - Φ(low)) = log Φ(high) + log(1 - exp(log Φ(low) - log Φ(high)))
@@ -469,20 +468,23 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             shapes = {}  # kernels of one shape go through together: fewer and larger products
             for p in group["params"]:
+                if not self.state[p]:
+                    self.state[p]["momentum"] = torch.zeros_like(p)
                 shapes.setdefault(p.shape, []).append(p)
             for kernels in shapes.values():
-                for p in kernels:
-                    if not self.state[p]:
-                        self.state[p]["momentum"] = torch.zeros_like(p)
-                    self.state[p]["momentum"].lerp_(p.grad, 1 - group["momentum"])
-                X = torch.stack([p.grad.lerp(self.state[p]["momentum"], group["momentum"]).flatten(1)
-                                 for p in kernels])  # (n, out, in · 3 · 3), Nesterov
+                grads, momenta = [p.grad for p in kernels], [self.state[p]["momentum"] for p in kernels]
+                torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
+                X = torch.stack(torch._foreach_lerp(grads, momenta, group["momentum"]))  # Nesterov
+                X = X.flatten(2)  # (n, out, in · 3 · 3)
                 X = X / (X.norm(dim=(1, 2), keepdim=True) + 1e-7)
+                X = X.bfloat16() if common.has_bfloat16(X.device) else X
                 for _ in range(5):  # Newton-Schulz: drives every singular value of X towards 1
                     A = X @ X.mT
-                    X = 3.4445 * X + (-4.7750 * A + 2.0315 * A @ A) @ X
-                for p, x in zip(kernels, X):
-                    p.add_(x.view_as(p), alpha=-group["lr"] * max(1, X.shape[1] / X.shape[2]) ** 0.5)
+                    B = torch.baddbmm(A, A, A, beta=-4.7750, alpha=2.0315)  # -4.7750 A + 2.0315 A A
+                    X = torch.baddbmm(X, B, X, beta=3.4445)  # 3.4445 X + B X
+                step = group["lr"] * max(1, X.shape[1] / X.shape[2]) ** 0.5
+                for p, x in zip(kernels, X.float()):
+                    p.sub_(step * x.view_as(p))
 
 
 SETTINGS = ["T", "schedule", "predict", "fourier", "sigma", "loss", "optimizer",
@@ -497,8 +499,9 @@ def make_optimizers(net, kind, lr):
     kernels = [p for p in net.parameters() if p.dim() == 4 and min(p.shape[:2]) > 4] if kind == "muon" else []
     rest = [p for p in net.parameters() if all(p is not k for k in kernels)]
     if not kernels:
-        return [torch.optim.Adam(rest, lr=lr, fused=True)]
-    return [torch.optim.Adam(rest, lr=lr, betas=(0.9, 0.99), fused=True), Muon(kernels, lr=20 * lr)]
+        return [torch.optim.Adam(rest, lr=lr, fused=True, capturable=True)]
+    adam = torch.optim.Adam(rest, lr=lr, betas=(0.9, 0.99), fused=True, capturable=True)
+    return [adam, Muon(kernels, lr=20 * lr)]
 
 
 def train(args, device, watch=None):
@@ -517,25 +520,30 @@ def train(args, device, watch=None):
     rates = [optimizer.defaults["lr"] for optimizer in optimizers]
     run = common.Run(Path(args.out) / "ddpm.pt", args, SETTINGS, len(x_train), ["train_loss"], device,
                      model=model, ema=ema, **{type(o).__name__.lower(): o for o in optimizers})
-    loss_of = common.for_training(model, objective(model, args), device)
+    loss_of = common.for_training(model, common.compiled(objective(model, args), model, device), device)
     ema_decay = 1 - 20 / (20 + run.steps * args.epochs)  # averages over about the last twentieth of the run
+    for optimizer in optimizers:
+        optimizer.param_groups[0]["lr"] = torch.zeros((), device=device)  # a tensor: see common.captured
 
+    def step(x0, t, eps):
+        with common.autocast(device):
+            loss = loss_of(x0, t, eps)
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        (run.weight * loss).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+        torch._foreach_lerp_([*ema.parameters()], [p.detach() for p in model.parameters()], 1 - ema_decay)
+        return loss
+
+    step = common.captured(step, device)
     for epoch in run.epochs():
         for progress, batch in run.batches():  # progress: share of the whole run, 0 ... 1
             for optimizer, lr in zip(optimizers, rates):  # warm-up over 1/50 of the run, cosine decay to 0
                 factor = min(1, 50 * progress) * 0.5 * (1 + math.cos(math.pi * progress))
-                optimizer.param_groups[0]["lr"] = lr * factor
+                optimizer.param_groups[0]["lr"].fill_(lr * factor)
             x0 = to_model(x_train[batch] / 255)  # (B, 1, 28, 28) in [-1, 1]
-            x0, t, eps = run.share(x0, *model.draw(x0))
-            with common.autocast(device):
-                loss = loss_of(x0, t, eps)
-            for optimizer in optimizers:
-                optimizer.zero_grad()
-            (run.weight * loss).backward()
-            for optimizer in optimizers:
-                optimizer.step()
-            torch._foreach_lerp_([*ema.parameters()], [p.detach() for p in model.parameters()], 1 - ema_decay)
-            run.log(loss)
+            run.log(step(*run.share(x0, *model.draw(x0))))
         watched = watch(ema, epoch) if watch else {}
         run.end_epoch(test_loss=evaluate(ema, x_test[::5], args), **watched)
         if epoch % math.ceil(args.epochs / 10) == 0 and common.RANK == 0:

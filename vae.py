@@ -56,9 +56,8 @@ def log_discretized_normal(x, mean, sigma):
     On [0, 1], where Ho et al. 2020 (arXiv:2006.11239) have [-1, 1].  Ho (13)
     """
     level, mean = (x.double() * 255).round(), mean.double()  # 0 ... 255; neighbours share their edge
-    inf = torch.tensor(math.inf, dtype=level.dtype, device=level.device)
-    high = torch.where(level == 255, inf, ((level + 0.5) / 255 - mean) / sigma)
-    low = torch.where(level == 0, -inf, ((level - 0.5) / 255 - mean) / sigma)
+    high = torch.where(level == 255, math.inf, ((level + 0.5) / 255 - mean) / sigma)
+    low = torch.where(level == 0, -math.inf, ((level - 0.5) / 255 - mean) / sigma)
     # Φ(high) - Φ(low) = Φ(-low) - Φ(-high): in the upper tail, where Φ is 1 to all digits, take the second
     high, low = torch.where(low > 0, -low, high), torch.where(low > 0, -high, low)
     # log(Φ(high) - Φ(low)) = log Φ(high) + log(1 - exp(log Φ(low) - log Φ(high)))
@@ -187,25 +186,29 @@ def train(args, device, watch=None):
     x_train, x_test = common.load_data(args.data, args.data_dir, device)  # uint8 (N, 1, 28, 28)
     x_train = x_train[:args.limit]
     model = VAE(args.latent_dim, args.likelihood).to(device)
-    optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=True)
+    optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=True, capturable=True)
     terms = ["train_reconstruction", "train_kl"]
     run = common.Run(Path(args.out) / "vae.pt", args, SETTINGS, len(x_train), terms, device,
                      model=model, optimizer=optimizer)
     elbo_terms = common.for_training(model, model.elbo_terms, device)
+    lr = optimizer.param_groups[0]["lr"] = torch.zeros((), device=device)  # a tensor: see common.captured
 
+    def step(x, eps):
+        with common.autocast(device):
+            reconstruction, kl = elbo_terms(x, eps=eps)  # (B,) nats each
+        loss = (args.kl_weight * kl - reconstruction).mean()  # mean of -ELBO, if the weight is 1   KW (8)
+        optimizer.zero_grad()
+        (run.weight * loss).backward()
+        optimizer.step()
+        return reconstruction.mean(), kl.mean()
+
+    step = common.captured(step, device)
     for epoch in run.epochs():
         for progress, batch in run.batches():  # progress: share of the whole run, 0 ... 1
-            for group in optimizer.param_groups:
-                group["lr"] = args.lr * 0.5 * (1 + math.cos(math.pi * progress))  # cosine decay to 0
+            lr.fill_(args.lr * 0.5 * (1 + math.cos(math.pi * progress)))  # cosine decay to 0
             x = x_train[batch] / 255  # (B, 1, 28, 28) in [0, 1]
             x, eps = run.share(x, torch.randn(len(x), args.latent_dim, device=device))
-            with common.autocast(device):
-                reconstruction, kl = elbo_terms(x, eps=eps)  # (B,) nats each
-            loss = (args.kl_weight * kl - reconstruction).mean()  # mean of -ELBO, if the weight is 1   KW (8)
-            optimizer.zero_grad()
-            (run.weight * loss).backward()
-            optimizer.step()
-            run.log(reconstruction.mean(), kl.mean())
+            run.log(*step(x, eps))
         reconstruction, kl = evaluate(model, x_test, args.seed)
         watched = watch(model, epoch) if watch else {}
         run.end_epoch(test_reconstruction=reconstruction, test_kl=kl, **watched)

@@ -481,9 +481,9 @@ def test_what_does_not_compile_runs_as_it_is(monkeypatch, capsys, forwards):
     f(x)[0].backward()
     said = capsys.readouterr().err
     assert said.splitlines() == ["not compiled, so slower: Cannot find a working triton installation."]
-    fail = common.compiled(lambda x: 1 / x, model, torch.device("cuda"))
+    fail = common.compiled(lambda x: 1 / 0, model, torch.device("cuda"))
     with pytest.raises(ZeroDivisionError):  # its own errors are not hidden
-        fail(0)
+        fail(x)
     assert common.compiled(loss, model, torch.device("cpu")) is loss
 
 
@@ -493,3 +493,61 @@ def test_what_compiles_is_called_once_for_trial(monkeypatch):
     f = common.compiled(lambda x: model(x).sum(), model, torch.device("cuda"))
     f(torch.ones(2, 1)), f(torch.ones(2, 1))
     assert len(calls) == 3 and model.weight.grad is None
+
+
+def test_a_smaller_batch_is_not_compiled(monkeypatch):
+    model, calls = torch.nn.Linear(1, 1), []
+    monkeypatch.setattr(torch, "compile", lambda f, **_: lambda x: calls.append(len(x)) or f(x))
+    f = common.compiled(lambda x: model(x).sum(), model, torch.device("cuda"))
+    for size in 2, 3, 3, 2, 3:  # a run that goes on before the last batch of an epoch begins with that
+        x = torch.ones(size, 1)
+        assert f(x) == model(x).sum()
+    assert calls == [2] * 2 + [3] * 4  # one of each for trial
+
+
+def test_a_captured_step_repeats_its_kernels_and_nothing_else(cuda_graphs):
+    total, factor, called = torch.zeros(()), [1.0], []
+
+    def step(x, weight):
+        called.append(len(x))
+        total.add_(factor[0] * (weight * x).sum())
+        return 2 * total
+
+    captured = common.captured(step, torch.device("cuda"))
+    expected = 0.0
+    for i, size in enumerate((2, 3, 3, 2, 3, 3, 2, 3)):  # 2: the last batch of an epoch, before which it goes on
+        x = torch.full((size,), float(i))
+        expected += factor[0] * size * i * 5
+        assert captured(x, torch.tensor(5.0)).item() == 2 * expected == 2 * total.item()
+    assert called == [2, 3, 3, 2, 3, 3, 2] and len(cuda_graphs) == 1  # of 3: three calls and one recording
+    factor[0] = 100.0  # no tensor: it stays what it was
+    assert captured(torch.ones(3), torch.tensor(1.0)).item() == 2 * (expected + 3)
+
+
+def test_a_step_that_waits_for_the_device_is_not_captured(cuda_graphs, monkeypatch):
+    def step(x):
+        if x.sum().item() < 0:
+            raise RuntimeError("operation not permitted when stream is capturing\nmore")
+        return x
+    captured = common.captured(step, torch.device("cuda"))
+    for _ in range(3):
+        captured(torch.ones(2))
+    with pytest.raises(AssertionError, match="waits"):  # the emulation's own word
+        captured(torch.ones(2))
+
+    def fails(x):
+        if torch.utils._python_dispatch._get_current_dispatch_mode():
+            raise RuntimeError("operation not permitted when stream is capturing\nmore")
+        return x
+    captured = common.captured(fails, torch.device("cuda"))
+    for _ in range(3):
+        captured(torch.ones(2))
+    with pytest.raises(common.InputError, match="not permitted.*torchrun"):
+        captured(torch.ones(2))
+
+
+def test_nothing_is_captured_on_a_cpu_or_under_torchrun(monkeypatch):
+    step = lambda x: x  # noqa: E731
+    assert common.captured(step, torch.device("cpu")) is step
+    monkeypatch.setattr(common, "TORCHRUN", True)
+    assert common.captured(step, torch.device("cuda")) is step

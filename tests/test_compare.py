@@ -520,3 +520,20 @@ def test_work_and_time_are_counted(monkeypatch):
     monkeypatch.setattr(compare.time, "perf_counter", lambda: clock[0])
     job = lambda: clock.__setitem__(0, clock[0] + 0.5)
     assert compare.per_call(job, torch.device("cpu"), seconds=2.0) == 0.5 and clock[0] == (2 + 4) * 0.5
+
+
+@pytest.mark.parametrize("name, way, called", [
+    ("vae", "", {"captured"}), ("vae", ", compiled", {"captured", "compiled"}), ("vae", ", not captured", set()),
+    ("ddpm", "", {"captured", "compiled"}), ("ddpm", ", not compiled, not captured", set())])
+def test_a_step_is_timed_in_each_way(tmp_path, monkeypatch, capsys, name, way, called):
+    seen = set()
+    for each in "compiled", "captured":
+        monkeypatch.setattr(common, each, lambda f, *_, each=each: seen.add(each) or f)
+    monkeypatch.setattr(common, "for_training", common.for_training)  # to have it back
+    monkeypatch.setattr(compare.SCRIPTS[name], "draw", lambda *_: [])
+    monkeypatch.setattr(ddpm.DDPM, "estimate_mse", lambda *_: None)  # takes long
+    assert way in compare.WAYS[name]
+    row, = compare.benchmark_training(name, "synthetic", "", torch.device("cpu"), str(tmp_path), way)
+    history = common.load(tmp_path / f"{name}.pt", name)["history"]
+    assert seen == called and row["what"] == f"training {name}.py{way}" and row["flops"] > 1e6
+    assert row["setup"] == pytest.approx(2 * history[0]["seconds"] - history[1]["seconds"])

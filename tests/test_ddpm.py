@@ -524,6 +524,24 @@ def trained(data, tmp_path_factory):
     return out, printed.getvalue()
 
 
+@pytest.mark.parametrize("more", [(), ("--loss", "vlb", "--sigma", "beta"), ("--predict", "mu", "--optimizer", "adam")])
+def test_a_captured_step_trains_to_the_same_bits(data, tmp_path, monkeypatch, cuda_graphs, more):
+    capture, ends = common.captured, []
+    more = [*more, "--limit", 60, "--epochs", 3]  # 8 batches, the last of 4 images
+    for out in tmp_path / "plain", tmp_path / "captured":
+        torch.manual_seed(0)
+        ddpm.main(flags(data, out, *more))
+        ends.append(checkpoint(out))
+        monkeypatch.setattr(common, "captured", lambda step, device: capture(step, torch.device("cuda")))
+    assert len(cuda_graphs) == 1 and len(cuda_graphs[0].kernels) > 300
+    plain, fast = ends
+    for part in "model", "ema":
+        for name, weight in plain[part].items():
+            assert torch.equal(weight, fast[part][name]), name
+    for a, b in zip(plain["history"], fast["history"]):
+        assert a | {"seconds": 0} == b | {"seconds": 0}
+
+
 def test_training_learns_in_64_steps(trained):
     history = checkpoint(trained[0])["history"]
     assert [row["epoch"] for row in history] == [1, 2]
@@ -703,6 +721,22 @@ def test_the_compiled_loss_agrees_with_the_plain_one(network):
         results.append((loss.detach(), gradient))
     (loss, gradient), (fast_loss, fast_gradient) = results
     assert relative(fast_loss, loss) < 1e-5 and relative(fast_gradient, gradient) < 1e-4
+
+
+@pytest.mark.parametrize("predict, loss", [("v", "simple"), ("eps", "vlb"), ("mu", "simple"), ("x0", "vlb")])
+def test_a_step_takes_nothing_from_the_host(on_device, predict, loss):
+    settings = {"T": 50, "schedule": "linear", "predict": predict, "sigma": "optimal", "fourier": True}
+    model, x0 = ddpm.build(settings).to("meta"), torch.rand(8, 1, 28, 28, device="meta")
+    _, muon = ddpm.make_optimizers(model.net, "muon", 1e-3)
+    muon.param_groups[0]["lr"] = torch.zeros((), device="meta")
+    noise = model.draw(x0)
+    with on_device():
+        (model.loss if loss == "simple" else model.vlb_loss)(x0, *noise).backward()
+        muon.step()  # Adam is torch's, which says capturable
+    with pytest.raises(AssertionError, match="host"), on_device():
+        torch.tensor(1.0, device="meta")
+    with pytest.raises(AssertionError, match="meta.*cpu|cpu.*meta"), on_device():
+        x0 + torch.zeros(3, 1, 1, 1).to("meta")
 
 
 def test_channels_last_agrees_with_the_plain_layout(network):

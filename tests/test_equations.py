@@ -32,8 +32,8 @@ def tags(name):
             scope = f"{name}.py" if path == name else path
             scopes.append((last - first, first, last, scope))
             texts.append((ast.get_docstring(node) or "", scope))
-        for child in ast.iter_child_nodes(node):
-            visit(child, path)
+        for child in ast.iter_child_nodes(node) if not isinstance(node, ast.FunctionDef) else ():
+            visit(child, path)  # what stands in a function within a function is the outer one's
 
     visit(ast.parse(source), name)
     texts += [(text, min(scope for scope in scopes if scope[1] <= line <= scope[2])[3])

@@ -355,6 +355,41 @@ def test_sample_draws_from_the_checkpoint(trained, tmp_path):
 
 # ---- stopped and gone on
 
+def test_a_captured_step_trains_to_the_same_bits(trained, tmp_path, monkeypatch, cuda_graphs):
+    capture = common.captured
+    monkeypatch.setattr(common, "captured", lambda step, device: capture(step, torch.device("cuda")))
+    train(tmp_path)
+    same(trained[0], tmp_path)
+    assert len(cuda_graphs) == 1 and len(cuda_graphs[0].kernels) > 30
+
+
+@pytest.mark.parametrize("likelihood", ["bernoulli", "gaussian"])
+def test_a_step_takes_nothing_from_the_host(on_device, likelihood):
+    model = vae.VAE(2, likelihood).to("meta")
+    x, eps = torch.rand(8, 1, 28, 28, device="meta"), torch.randn(8, 2, device="meta")
+    with on_device():
+        reconstruction, kl = model.elbo_terms(x, eps=eps)
+        (kl - reconstruction).mean().backward()
+
+
+@pytest.mark.parametrize("step", [6, 21])  # 21: before the last, smaller batch of an epoch
+def test_resumed_a_captured_step_goes_on_to_the_same_bits(trained, tmp_path, monkeypatch, cuda_graphs, step):
+    capture, log, steps = common.captured, common.Run.log, []
+
+    def stop(self, *values):
+        steps.append(1)
+        if len(steps) == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        log(self, *values)
+    monkeypatch.setattr(common, "captured", lambda step, device: capture(step, torch.device("cuda")))
+    monkeypatch.setattr(common.Run, "log", stop)
+    with pytest.raises(SystemExit):
+        train(tmp_path)
+    train(tmp_path, "--resume")
+    same(trained[0], tmp_path)
+    assert len(cuda_graphs) == 2
+
+
 def at_step(patch, number, action):
     """Call `action` in training step `number`, counted over the epochs from 1, with its two terms."""
     elbo_terms, steps = vae.VAE.elbo_terms, []
