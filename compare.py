@@ -812,8 +812,8 @@ def benchmark_training(name, data, data_dir, device, out, way=""):
     job = (lambda: torch.stack(model.elbo_terms(x)).sum().backward()) if name == "vae" else (
         lambda: model.loss(x).backward())
     epoch = second["seconds"] - first["seconds"]
-    return [{"what": f"training {name}.py{way}", "batch": batch, "flops": flops(job), "memory": saved["memory"],
-             "seconds": epoch * batch / images, "setup": first["seconds"] - epoch}]
+    return [{"what": f"training {name}.py{way}", "batch": batch, "seconds": epoch * batch / images,
+             "setup": first["seconds"] - epoch, "flops": flops(job), "memory": saved["memory"]}]
 
 
 @torch.no_grad()

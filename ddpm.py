@@ -77,8 +77,9 @@ def log_discretized_normal(x0, mean, sigma):
     levels -1 and 1 also get the tail beyond them, so that the 256 levels' probabilities sum to 1.
     """
     level, mean = ((x0.double() + 1) * 127.5).round(), mean.double()  # 0 ... 255; neighbours share their edge
-    high = torch.where(level == 255, math.inf, ((level + 0.5) / 127.5 - 1 - mean) / sigma)  # δ_+(x_0)   Ho (13)
-    low = torch.where(level == 0, -math.inf, ((level - 0.5) / 127.5 - 1 - mean) / sigma)  # δ_-(x_0)   Ho (13)
+    high, low = ((level + 0.5) / 127.5 - 1 - mean) / sigma, ((level - 0.5) / 127.5 - 1 - mean) / sigma
+    high = torch.where(level == 255, math.inf, high)  # δ_+(x_0)   Ho (13)
+    low = torch.where(level == 0, -math.inf, low)  # δ_-(x_0)   Ho (13)
     # Φ(high) - Φ(low) = Φ(-low) - Φ(-high): in the upper tail, where Φ is 1 to all digits, take the second
     high, low = torch.where(low > 0, -low, high), torch.where(low > 0, -high, low)
     # log(Φ(high) - Φ(low)) = log Φ(high) + log(1 - exp(log Φ(low) - log Φ(high)))
@@ -93,17 +94,18 @@ class DDPM(nn.Module):
     predict: what the network's output stands for: "eps" (ε), "x0" (x_0), "mu" (μ̃) or "v" (see v_from_x0).
     sigma: the variance of p(x_{t-1}|x_t): "beta" (β_t), "posterior" (β̃_t) or "optimal" (see variance).
     clip: keep the predicted x_0 within [-1, 1], as Ho's code does, when sampling and in the bound.
-    shape: of one image, on which sample starts.
+    shape: of one image, on which sample starts.  middle: see draw.
     """
 
     def __init__(self, net, T=1000, schedule="linear", predict="eps", sigma="beta", clip=False,
-                 shape=(1, 28, 28)):
+                 shape=(1, 28, 28), middle=0.0):
         super().__init__()
         if predict not in ("eps", "x0", "mu", "v"):
             raise ValueError(f"predict must be eps, x0, mu or v, not {predict!r}")
         if sigma not in ("beta", "posterior", "optimal"):
             raise ValueError(f"sigma must be beta, posterior or optimal, not {sigma!r}")
         self.net, self.predict, self.sigma, self.clip, self.shape = net, predict, sigma, clip, shape
+        self.middle = middle
         alpha_bar = make_alpha_bar(schedule, T) if isinstance(schedule, str) else schedule.double()
         self.T = len(alpha_bar) - 1
         alpha_bar_prev = torch.cat([alpha_bar[:1], alpha_bar[:-1]])  # ᾱ_{t-1}, in entry 0 ᾱ_0
@@ -209,8 +211,16 @@ class DDPM(nn.Module):
     # The losses and the bound.
 
     def draw(self, x0):
-        """A random step t ~ U{1 ... T}, (B,), and the noise ε ~ N(0, I), like x0, for each of B images."""
-        t = torch.randint(1, self.T + 1, (len(x0),), device=x0.device)  # 1 ... T, both inclusive
+        """A random step t ~ U{1 ... T}, (B,), and the noise ε ~ N(0, I), like x0, for each of B images.
+
+        But a share `middle` of them get t = T sigmoid(n - 0.6) with n ~ N(0, 1), rounded up: mostly t from
+        0.2 T to 0.6 T, where a linear schedule lets the digit take its shape.  Esser et al. 2024, section 3.1
+        """
+        B, device = len(x0), x0.device
+        t = torch.randint(1, self.T + 1, (B,), device=device)  # 1 ... T, both inclusive
+        if self.middle:
+            middle = (self.T * torch.sigmoid(torch.randn(B, device=device) - 0.6)).ceil().long()
+            t = torch.where(torch.rand(B, device=device) < self.middle, middle.clamp(1, self.T), t)
         return t, torch.randn_like(x0)
 
     def loss(self, x0, t=None, eps=None):
@@ -616,7 +626,10 @@ def load(path, device="cpu"):
 def build(settings):
     """The model that settings, a dict with the names in SETTINGS, describe."""
     s = settings
-    model = DDPM(UNet(fourier=s["fourier"]), s["T"], s["schedule"], s["predict"], s["sigma"], clip=True)
+    # Ho's L_simple weighs all t alike; with v that is given up for better digits in fewer steps
+    middle = 0.75 if s["predict"] == "v" and s["loss"] == "simple" else 0.0
+    model = DDPM(UNet(fourier=s["fourier"]), s["T"], s["schedule"], s["predict"], s["sigma"], clip=True,
+                 middle=middle)
     model.net.to(memory_format=torch.channels_last)
     return model
 

@@ -226,6 +226,24 @@ def test_t_is_drawn_from_1_to_T():
     assert counts[0] == 0 and len(counts) == 4 and min(counts[1:]) > 60  # 100 ± 8
 
 
+def test_t_is_drawn_from_the_middle_more_often():
+    n, x0 = 20000, torch.zeros(20000, 1, 1, 1)
+    t, _ = DDPM(None, middle=0.75).draw(x0)
+    assert t.min() >= 1 and t.max() <= 1000 and t.dtype == torch.int64
+    for bound in 100, 200, 400, 600, 900:  # P(T sigmoid(n - 0.6) <= bound) = Φ(logit(bound / T) + 0.6)
+        share = 0.75 * Normal(0.0, 1.0).cdf(torch.tensor(math.log(bound / (1000 - bound)) + 0.6)) + 0.25 * bound / 1000
+        assert (t <= bound).double().mean().item() == pytest.approx(share.item(), abs=5 * (0.25 / n) ** 0.5)
+    t, _ = DDPM(None, T=2, middle=1.0).draw(x0)
+    assert set(t.tolist()) == {1, 2}
+
+
+def test_only_l_simple_on_v_prefers_the_middle():
+    settings = {"T": 8, "schedule": "linear", "sigma": "beta", "fourier": False}
+    for predict, loss, middle in ("v", "simple", 0.75), ("v", "vlb", 0.0), ("eps", "simple", 0.0):
+        assert ddpm.build(settings | {"predict": predict, "loss": loss}).middle == middle
+    assert DDPM(None, predict="v").middle == 0  # who calls the class gets Ho's Algorithm 1
+
+
 # The bound of a network that is wrong in its own way at each t: on the inputs that it saw, against torch's KL.
 
 def spied(sigma, predict="eps", T=12):
@@ -674,7 +692,8 @@ def test_fourier_features_show_noise_below_a_gray_level():
     assert net(x, t).shape == x.shape and net(x + 0.01 * 2 / 255, t).shape == x.shape
     step = (seen[1] - seen[0]).abs()[0, :, 0, 0].view(5, 4).amax(1)  # of the pixel and of its four waves
     assert step[0] < 1e-4 and step.max() > 0.05
-    settings = {"T": 10, "schedule": "logsnr", "predict": "eps", "sigma": "beta", "fourier": True}
+    settings = {"T": 10, "schedule": "logsnr", "predict": "eps", "sigma": "beta", "fourier": True,
+                "loss": "simple"}
     assert ddpm.build(settings).net.fourier
 
 
@@ -725,7 +744,7 @@ def test_the_compiled_loss_agrees_with_the_plain_one(network):
 
 @pytest.mark.parametrize("predict, loss", [("v", "simple"), ("eps", "vlb"), ("mu", "simple"), ("x0", "vlb")])
 def test_a_step_takes_nothing_from_the_host(on_device, predict, loss):
-    settings = {"T": 50, "schedule": "linear", "predict": predict, "sigma": "optimal", "fourier": True}
+    settings = {"T": 50, "schedule": "linear", "predict": predict, "sigma": "optimal", "fourier": True, "loss": loss}
     model, x0 = ddpm.build(settings).to("meta"), torch.rand(8, 1, 28, 28, device="meta")
     _, muon = ddpm.make_optimizers(model.net, "muon", 1e-3)
     muon.param_groups[0]["lr"] = torch.zeros((), device="meta")
