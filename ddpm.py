@@ -213,13 +213,13 @@ class DDPM(nn.Module):
     def draw(self, x0):
         """A random step t ~ U{1 ... T}, (B,), and the noise ε ~ N(0, I), like x0, for each of B images.
 
-        But a share `middle` of them get t = T sigmoid(n - 0.6) with n ~ N(0, 1), rounded up: mostly t from
+        But a share `middle` of them get t = T sigmoid(n/2 - 0.6) with n ~ N(0, 1), rounded up: mostly t from
         0.2 T to 0.6 T, where a linear schedule lets the digit take its shape.  Esser et al. 2024, section 3.1
         """
         B, device = len(x0), x0.device
         t = torch.randint(1, self.T + 1, (B,), device=device)  # 1 ... T, both inclusive
         if self.middle:
-            middle = (self.T * torch.sigmoid(torch.randn(B, device=device) - 0.6)).ceil().long()
+            middle = (self.T * torch.sigmoid(torch.randn(B, device=device) / 2 - 0.6)).ceil().long()
             t = torch.where(torch.rand(B, device=device) < self.middle, middle.clamp(1, self.T), t)
         return t, torch.randn_like(x0)
 

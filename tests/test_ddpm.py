@@ -230,8 +230,9 @@ def test_t_is_drawn_from_the_middle_more_often():
     n, x0 = 20000, torch.zeros(20000, 1, 1, 1)
     t, _ = DDPM(None, middle=0.75).draw(x0)
     assert t.min() >= 1 and t.max() <= 1000 and t.dtype == torch.int64
-    for bound in 100, 200, 400, 600, 900:  # P(T sigmoid(n - 0.6) <= bound) = Φ(logit(bound / T) + 0.6)
-        share = 0.75 * Normal(0.0, 1.0).cdf(torch.tensor(math.log(bound / (1000 - bound)) + 0.6)) + 0.25 * bound / 1000
+    for bound in 100, 200, 400, 600, 900:  # P(T sigmoid(n/2 - 0.6) <= bound) = Φ(2 logit(bound/T) + 1.2)
+        below = Normal(0.0, 1.0).cdf(torch.tensor(2 * math.log(bound / (1000 - bound)) + 1.2))
+        share = 0.75 * below + 0.25 * bound / 1000
         assert (t <= bound).double().mean().item() == pytest.approx(share.item(), abs=5 * (0.25 / n) ** 0.5)
     t, _ = DDPM(None, T=2, middle=1.0).draw(x0)
     assert set(t.tolist()) == {1, 2}
