@@ -415,33 +415,30 @@ def compiled(f, model, device):
 
     def attempt(x, *args, **kwargs):
         nonlocal size
-        if len(x) < size:
-            return f(x, *args, **kwargs)
-        try:
-            if len(x) > size:  # the backward pass is only compiled when it is called
-                out = fast(x, *args, **kwargs)
+        if len(x) > size:
+            try:
+                out = fast(x, *args, **kwargs)  # the backward pass is only compiled when it is called
                 total = sum(each.sum() for each in (out if isinstance(out, tuple) else (out,)))
                 torch.autograd.grad(total, list(model.parameters()), allow_unused=True)
                 size = len(x)
-            return fast(x, *args, **kwargs)
-        except Exception as error:  # whatever the compiler's own stack may raise
-            if isinstance(error, torch.OutOfMemoryError):
+            except torch.OutOfMemoryError:
                 raise
-            reason = (str(error).strip() or repr(error)).splitlines()[0]
-            tqdm.write(f"not compiled, so slower: {reason[:120]}", file=sys.stderr)
-            size = math.inf  # no batch is compiled
-            return f(x, *args, **kwargs)
+            except Exception as error:  # whatever the compiler's own stack may raise
+                reason = (str(error).strip() or repr(error)).splitlines()[0]
+                tqdm.write(f"not compiled, so slower: {reason[:120]}", file=sys.stderr)
+                size = math.inf  # no batch is compiled
+        return (fast if len(x) == size else f)(x, *args, **kwargs)
     return attempt
 
 
 def captured(step, device):
     """step, a training step as a function of tensors, for a GPU: recorded as a CUDA graph, then replayed.
 
-    Hundreds of kernels of a few microseconds each take longer to launch than to run; a graph launches them
-    all at once.  It repeats the same kernels on the same memory, so all that changes from step to step must
-    be in tensors, the learning rate too, and what step returns holds until the next call.  The first three
-    calls run as they are, for they fill in the optimizer's state; so does a smaller batch, the last of an
-    epoch.  On a CPU or under torchrun it is step itself.
+    Small kernels take longer to launch one by one than to run; a graph launches all of a step at once.  It
+    repeats the same kernels on the same memory, so all that changes from step to step must be in tensors on
+    the device, the learning rate too, and what step returns holds until the next call.  The first three calls
+    run as they are: they compile, and fill in the optimizer's state and the libraries' workspaces.  So does a
+    smaller batch, the last of an epoch.  On a CPU or under torchrun it is step itself.
     """
     if device.type != "cuda" or TORCHRUN:
         return step
@@ -463,11 +460,12 @@ def captured(step, device):
             try:
                 with torch.cuda.graph(graph, stream=stream):  # runs nothing yet
                     out = step(*inputs)
-            except RuntimeError as error:
-                if isinstance(error, torch.OutOfMemoryError):
-                    raise
-                reason, script = str(error).splitlines()[0][:90], Path(sys.argv[0]).name
-                raise InputError(f"no CUDA graph of the training step ({reason}): torchrun "
+            except RuntimeError as error:  # no way back: allocator and random numbers are still recording
+                cause = error.__context__ or error  # ending the graph fails, too
+                if isinstance(cause, torch.OutOfMemoryError):
+                    raise cause
+                reason, script = (str(cause).strip() or repr(cause)).splitlines()[0], Path(sys.argv[0]).name
+                raise InputError(f"no CUDA graph of the training step ({reason[:90]}): torchrun "
                                  f"--nproc-per-node=1 {script} does without") from error
         for held, x in zip(inputs, new):
             held.copy_(x)

@@ -226,23 +226,40 @@ def test_t_is_drawn_from_1_to_T():
     assert counts[0] == 0 and len(counts) == 4 and min(counts[1:]) > 60  # 100 ± 8
 
 
-def test_t_is_drawn_from_the_middle_more_often():
-    n, x0 = 20000, torch.zeros(20000, 1, 1, 1)
-    t, _ = DDPM(None, middle=0.75).draw(x0)
-    assert t.min() >= 1 and t.max() <= 1000 and t.dtype == torch.int64
-    for bound in 100, 200, 400, 600, 900:  # P(T sigmoid(n/2 - 0.6) <= bound) = Φ(2 logit(bound/T) + 1.2)
-        below = Normal(0.0, 1.0).cdf(torch.tensor(2 * math.log(bound / (1000 - bound)) + 1.2))
-        share = 0.75 * below + 0.25 * bound / 1000
-        assert (t <= bound).double().mean().item() == pytest.approx(share.item(), abs=5 * (0.25 / n) ** 0.5)
-    t, _ = DDPM(None, T=2, middle=1.0).draw(x0)
-    assert set(t.tolist()) == {1, 2}
+def test_t_is_drawn_with_focus():
+    n, normal = 20000, Normal(0.0, 1.0)
+    t, _ = DDPM(None).draw(torch.zeros(n, 1, 1, 1), focused=True)
+    assert t.min() == 1 and t.max() <= 1000 and t.dtype == torch.int64
+    for bound in 1, 10, 100, 200, 400, 600, 900:
+        # P(T sigmoid(n/2 - 0.6) <= bound) = Φ(2 logit(bound/T) + 1.2); P((T+1)^u < bound + 1) = log(bound+1) / log(T+1)
+        shape = normal.cdf(torch.tensor(2 * math.log(bound / (1000 - bound)) + 1.2)).item()
+        share = 0.75 * shape + 0.25 * math.log(bound + 1) / math.log(1001)
+        assert (t <= bound).double().mean().item() == pytest.approx(share, abs=5 * (share * (1 - share) / n) ** 0.5)
+    for T in 2, 3:
+        t, _ = DDPM(None, T=T).draw(torch.zeros(n, 1, 1, 1), focused=True)
+        assert t.bincount(minlength=T + 1)[0] == 0 and (t.bincount()[1:] > 100).all() and len(t.bincount()) == T + 1
 
 
-def test_only_l_simple_on_v_prefers_the_middle():
-    settings = {"T": 8, "schedule": "linear", "sigma": "beta", "fourier": False}
-    for predict, loss, middle in ("v", "simple", 0.75), ("v", "vlb", 0.0), ("eps", "simple", 0.0):
-        assert ddpm.build(settings | {"predict": predict, "loss": loss}).middle == middle
-    assert DDPM(None, predict="v").middle == 0  # who calls the class gets Ho's Algorithm 1
+def drawn(out, *flags):
+    """How `python ddpm.py` draws t with these flags: (the setting, what draw was asked for)."""
+    asked, draw = [], DDPM.draw
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        def stop(self, x0, focused=False):
+            asked.append(focused)
+            raise KeyboardInterrupt
+        patch.setattr(DDPM, "draw", stop)
+        patch.setattr(common, "find_data", lambda *_: "synthetic")
+        patch.setattr(common, "load_data", lambda *_: [torch.zeros(20, 1, 28, 28, dtype=torch.uint8)] * 2)
+        ddpm.main(["--device", "cpu", "--out", str(out), *flags])
+    assert DDPM.draw is draw
+    return asked
+
+
+@pytest.mark.parametrize("given, focused", [
+    ([], True), (["--times", "uniform"], False), (["--predict", "eps"], False), (["--schedule", "logsnr"], False),
+    (["--loss", "vlb"], False), (["--predict", "eps", "--times", "focused"], True)])
+def test_only_l_simple_on_v_is_focused_by_itself(tmp_path, given, focused):
+    assert drawn(tmp_path, *given) == [focused]
 
 
 # The bound of a network that is wrong in its own way at each t: on the inputs that it saw, against torch's KL.
@@ -628,7 +645,8 @@ def test_a_run_that_was_stopped_again_and_again_ends_where_an_undisturbed_one_do
 
 @pytest.mark.parametrize("wrong", [
     "--epochs 0", "--epochs -1", "--epochs x", "--batch-size 0", "--lr 0", "--lr nan", "--lr inf", "--lr -1", "--T 0",
-    "--T 10 --steps 11", "--steps 0", "--eta 2", "--eta nan", "--schedule sqrt", "--predict score", "--sigma learned",
+    "--T 10 --steps 11", "--loss vlb --times focused", "--times early", "--steps 0", "--eta 2", "--eta nan",
+    "--schedule sqrt", "--predict score", "--sigma learned",
     "--loss l1", "--device tpu", "--device cuda:99", "--sample 4", "--sample 0", "--seed -1", "--limit 0",
     "--data cifar"])
 def test_bad_input_is_refused_before_anything_is_written(tmp_path, capsys, wrong):
@@ -693,8 +711,7 @@ def test_fourier_features_show_noise_below_a_gray_level():
     assert net(x, t).shape == x.shape and net(x + 0.01 * 2 / 255, t).shape == x.shape
     step = (seen[1] - seen[0]).abs()[0, :, 0, 0].view(5, 4).amax(1)  # of the pixel and of its four waves
     assert step[0] < 1e-4 and step.max() > 0.05
-    settings = {"T": 10, "schedule": "logsnr", "predict": "eps", "sigma": "beta", "fourier": True,
-                "loss": "simple"}
+    settings = {"T": 10, "schedule": "logsnr", "predict": "eps", "sigma": "beta", "fourier": True}
     assert ddpm.build(settings).net.fourier
 
 
@@ -745,11 +762,11 @@ def test_the_compiled_loss_agrees_with_the_plain_one(network):
 
 @pytest.mark.parametrize("predict, loss", [("v", "simple"), ("eps", "vlb"), ("mu", "simple"), ("x0", "vlb")])
 def test_a_step_takes_nothing_from_the_host(on_device, predict, loss):
-    settings = {"T": 50, "schedule": "linear", "predict": predict, "sigma": "optimal", "fourier": True, "loss": loss}
+    settings = {"T": 50, "schedule": "linear", "predict": predict, "sigma": "optimal", "fourier": True}
     model, x0 = ddpm.build(settings).to("meta"), torch.rand(8, 1, 28, 28, device="meta")
     _, muon = ddpm.make_optimizers(model.net, "muon", 1e-3)
     muon.param_groups[0]["lr"] = torch.zeros((), device="meta")
-    noise = model.draw(x0)
+    noise = model.draw(x0, focused=True)
     with on_device():
         (model.loss if loss == "simple" else model.vlb_loss)(x0, *noise).backward()
         muon.step()  # Adam is torch's, which says capturable
