@@ -213,7 +213,7 @@ class DDPM(nn.Module):
         """A random step t ~ U{1 ... T}, (B,), and the noise ε ~ N(0, I), like x0, for each of B images.
 
         focused: three quarters of t are instead T sigmoid(n/2 - 0.6) with n ~ N(0, 1), mostly from 0.2 T to
-        0.6 T, where under the linear schedule a digit takes its shape; the others are (T+1)^u with u ~ U(0, 1),
+        0.6 T, where under the linear schedule a digit takes its shape; the others are (T+1)^u, u ~ U(0, 1),
         as many from each power of ten, for most bits are paid at the finest steps.  The first is after Esser
         et al. 2024, section 3.1, who draw a flow's time so.
         """
