@@ -611,7 +611,8 @@ def draw(model, run, args, device):
     common.plot_rows({"$q(x_t|x_0)$": to_image(xt)}, out / "ddpm_forward.png",
                      f"{name}: a test digit on its way to noise", [f"t = {t}" for t in t.tolist()])
     epochs = [row["epoch"] for row in run.history]
-    curves = {split: (epochs, [row[f"{split}_loss"] for row in run.history]) for split in ("train", "test")}
+    curves = {f"{split}, t {times}": (epochs, [row[f"{split}_loss"] for row in run.history])
+              for split, times in (("train", args.times), ("test", "uniform"))}
     common.plot_curves(curves, out / "ddpm_loss.png", f"{name}: training loss",
                        "squared error per pixel" if args.loss == "simple" else "bits/dim")
     return ["ddpm_samples.png", "ddpm_trajectory.gif", "ddpm_trajectory.png", "ddpm_forward.png",
