@@ -524,7 +524,7 @@ def test_a_captured_step_repeats_its_kernels_and_nothing_else(cuda_graphs):
     assert captured(torch.ones(3), torch.tensor(1.0)).item() == 2 * (expected + 3)
 
 
-def test_a_step_that_waits_for_the_device_is_not_captured(cuda_graphs, monkeypatch):
+def test_a_step_that_waits_for_the_device_is_not_captured(cuda_graphs):
     def step(x):
         if x.sum().item() < 0:
             raise RuntimeError("operation not permitted when stream is capturing\nmore")

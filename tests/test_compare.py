@@ -525,7 +525,7 @@ def test_work_and_time_are_counted(monkeypatch):
 @pytest.mark.parametrize("name, way, called", [
     ("vae", "", {"captured"}), ("vae", ", compiled", {"captured", "compiled"}), ("vae", ", not captured", set()),
     ("ddpm", "", {"captured", "compiled"}), ("ddpm", ", not compiled, not captured", set())])
-def test_a_step_is_timed_in_each_way(tmp_path, monkeypatch, capsys, name, way, called):
+def test_a_step_is_timed_in_each_way(tmp_path, monkeypatch, name, way, called):
     seen = set()
     for each in "compiled", "captured":
         monkeypatch.setattr(common, each, lambda f, *_, each=each: seen.add(each) or f)
