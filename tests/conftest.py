@@ -1,89 +1,26 @@
-import contextlib
+import gzip
+from pathlib import Path
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+
+RAW = Path(__file__).resolve().parent.parent / "data" / "MNIST" / "raw"
 
 
-def tensors(*tree):
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+@pytest.fixture(autouse=True, scope="session")
+def one_thread():
+    """Sums in one order, also in the processes that the tests start with OMP_NUM_THREADS=1."""
+    torch.set_num_threads(1)
 
 
-class Graph(TorchDispatchMode):
-    """What a CUDA graph does, on a CPU: it notes the kernels of what runs inside, and replay() runs them again.
-
-    On the same memory, and with all that was no tensor fixed.  As with the real one, recording changes
-    nothing, and what reads a value back or draws a random number is refused.
-    """
-
-    def __init__(self):
-        super().__init__()
-        self.kernels, self.before = [], {}
-
-    def __torch_dispatch__(self, kernel, types, args=(), kwargs=None):
-        assert kernel is not torch.ops.aten._local_scalar_dense.default, "waits for the device"
-        assert torch.Tag.nondeterministic_seeded not in kernel.tags, "random"
-        for x in tensors(args, kwargs):
-            self.before.setdefault((x.data_ptr(), x.shape, x.stride()), (x, x.detach().clone()))
-        out = kernel(*args, **(kwargs or {}))
-        self.kernels.append((kernel, args, kwargs or {}, tensors(out)))
-        return out
-
-    def __exit__(self, *error):
-        super().__exit__(*error)
-        with torch.no_grad():
-            for x, value in self.before.values():
-                if not torch.equal(x, value):
-                    x.copy_(value)
-
-    @torch.no_grad()
-    def replay(self):
-        for kernel, args, kwargs, out in self.kernels:
-            for held, new in zip(out, tensors(kernel(*args, **kwargs))):
-                if held.data_ptr() != new.data_ptr():
-                    held.copy_(new)
-
-
-class Stream:
-    def __init__(self, device=None):
-        pass
-
-    def wait_stream(self, other):
-        pass
-
-
-@pytest.fixture
-def cuda_graphs(monkeypatch):
-    """CUDA's graphs and streams, replaced by Graph above -> the list of the graphs made."""
-    made = []
-    fakes = {"CUDAGraph": lambda: made.append(Graph()) or made[-1], "graph": lambda graph, stream: graph,
-             "Stream": Stream, "current_stream": Stream, "stream": lambda stream: contextlib.nullcontext()}
-    for name, fake in fakes.items():
-        monkeypatch.setattr(torch.cuda, name, fake)
-    return made
-
-
-class OnDevice(TorchDispatchMode):
-    def __torch_dispatch__(self, kernel, types, args=(), kwargs=None):
-        out = kernel(*args, **(kwargs or {}))
-        devices = {x.device.type for x in tensors(args, kwargs, out)}
-        assert devices <= {"meta"}, f"{kernel} on {devices}"
-        return out
-
-
-@pytest.fixture
-def on_device(monkeypatch):
-    """Inside, nothing may come from the host or go there: a CUDA graph could not repeat it. -> a context.
-
-    For tensors on the device "meta", from which nothing can be read.
-    """
-    @contextlib.contextmanager
-    def check():
-        def refuse(*_, **__):
-            raise AssertionError("a copy from the host")
-        with monkeypatch.context() as patch, OnDevice():
-            for name in "tensor", "as_tensor", "from_numpy":  # "meta" hides their copies
-                patch.setattr(torch, name, refuse)
-            yield
-    return check
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory):
+    """A folder for --data-dir: MNIST's first 1,100 training and 600 test images, for a quick test loss."""
+    raw = tmp_path_factory.mktemp("data") / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for path in RAW.glob("*.gz"):
+        n, images = 1100 if "train" in path.name else 600, "images" in path.name
+        with gzip.open(path) as file:
+            header, content = file.read(16 if images else 8), file.read(n * (784 if images else 1))
+        (raw / path.stem).write_bytes(header[:4] + n.to_bytes(4, "big") + header[8:] + content)
+    return raw.parent.parent

@@ -1,49 +1,44 @@
+"""The data, the plots, the checkpoints and the command line that the scripts share."""
 import argparse
 import errno
 import io
 import math
 import os
 import pickle
-import signal
+import shutil
 import subprocess
 import sys
+import urllib.error
+import urllib.request
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torchvision.datasets import MNIST
+from torchvision.datasets import CIFAR10
 
 import common
 
 REPO = Path(__file__).resolve().parent.parent
-MNIST_ROOTS = [Path(p) for p in (os.environ.get("DATA_DIR"), REPO.parent / "shared" / "data") if p]
-MNIST_ROOT = next((root for root in MNIST_ROOTS if (root / "MNIST" / "raw").is_dir()), None)
-IMAGES, LABELS, TEST_IMAGES, TEST_LABELS = common.MNIST_SHAPES
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
 def offline(monkeypatch):
-    def download(self):
-        raise RuntimeError("Error downloading:\nno network")
-    monkeypatch.setattr(MNIST, "download", download)
+    def refuse(*_, **__):
+        assert 0 < common.socket.getdefaulttimeout() <= 60  # a dead network cannot hang
+        raise urllib.error.URLError("no network")
+    monkeypatch.setattr(urllib.request, "urlopen", refuse)
+    common._read_set.cache_clear()
+    common._read_folder.cache_clear()
 
 
-def idx(shape, values=None):
-    header = np.array([0x0800 + len(shape), *shape], dtype=">u4").tobytes()
-    return header + (bytes(math.prod(shape)) if values is None else values.astype(np.uint8).tobytes())
-
-
-def tree(root, **files):
-    """A whole MNIST tree of black images, except for `files`: {file name with _: content, or None}."""
-    raw = root / "MNIST" / "raw"
-    raw.mkdir(parents=True, exist_ok=True)
-    for name, shape in common.MNIST_SHAPES.items():
-        content = files.get(name.replace("-", "_"), idx(shape))
-        if content is not None:
-            (raw / name).write_bytes(content)
-    return root
+def load_data(data, root="", **more):
+    """As the scripts call it, with the settings that are given -> x_train, y_train, x_test, y_test."""
+    args = dict(data=str(data), data_dir=str(root), size=None, limit=None, seed=0) | more
+    return common.load_data(argparse.Namespace(**args), CPU)
 
 
 def refused(call, *words):
@@ -51,190 +46,218 @@ def refused(call, *words):
     with pytest.raises(common.InputError) as error:
         call()
     message = str(error.value)
-    assert "\n" not in message
+    assert message.startswith("error: ") and "\n" not in message
     for word in words:
         assert str(word) in message
 
 
-# ---- data
+# ---- named data
 
-def test_whole_mnist_is_loaded_once(tmp_path, monkeypatch):
-    digits = np.arange(60000) % 10
-    pixels = np.zeros((60000, 28, 28))
-    pixels[7, 1, 2] = 99
-    tree(tmp_path, train_labels_idx1_ubyte=idx((60000,), digits),
-         train_images_idx3_ubyte=idx((60000, 28, 28), pixels))
-    assert common.find_data("auto", tmp_path) == common.find_data("mnist", str(tmp_path)) == "mnist"
-    train, test = common.load_data("auto", tmp_path, "cpu")
-    assert train.shape == (60000, 1, 28, 28) and test.shape == (10000, 1, 28, 28)
-    assert train.dtype == test.dtype == torch.uint8
-    assert train[7, 0, 1, 2] == 99 and train.sum() == 99
-    labels, _ = common.load_labels("mnist", tmp_path, "cpu")
-    assert labels.dtype == torch.int64 and labels.tolist() == digits.tolist()
-    monkeypatch.setattr(common, "read_idx", None)
-    assert common.load_data("mnist", tmp_path, "cpu")[0] is train
-
-
-@pytest.mark.parametrize("name", ["auto", "mnist"])
-@pytest.mark.parametrize("file, content, why", [
-    (IMAGES, b"", "empty"),
-    (IMAGES, idx((60000, 28, 28))[:1000], "1000 bytes, not 47040016"),
-    (IMAGES, idx((60000,)), "magic number is 2049, not 2051"),
-    (LABELS, idx((60000, 28, 28))[:60008], "magic number is 2051, not 2049"),
-    (LABELS, b"\x1f\x8b" + bytes(100), "magic"),
-    (LABELS, idx((10000,)), "10008 bytes, not 60008"),
-    (TEST_LABELS, idx((9999,)) + b"\0", "10000"),
-    (TEST_LABELS, idx((10000,), np.full(10000, 200)), "above 9"),
-])
-def test_damaged_mnist_is_named_and_never_replaced(tmp_path, name, file, content, why):
-    # The other files are missing, which alone would be a reason to fall back.
+def test_mnist_comes_with_the_repository_and_is_unpacked_once_without_a_network(tmp_path, capsys):
     raw = tmp_path / "MNIST" / "raw"
-    raw.mkdir(parents=True)
-    (raw / file).write_bytes(content)
-    refused(lambda: common.load_data(name, tmp_path, "cpu"), raw / file, why, "delete")
+    shutil.copytree(common.DATA_DIR / "MNIST" / "raw", raw, ignore=shutil.ignore_patterns("*-ubyte"))
+    x, y, x_test, y_test = load_data("mnist", tmp_path)
+    assert x.shape == (60000, 1, 28, 28) and x_test.shape == (10000, 1, 28, 28)
+    assert x.dtype == x_test.dtype == torch.uint8 and y.dtype == y_test.dtype == torch.int64
+    assert y[:5].tolist() == [5, 0, 4, 1, 9] and y_test[:3].tolist() == [7, 2, 1] and len(y_test) == 10000
+    assert x.float().mean().item() / 255 == pytest.approx(0.1307, abs=1e-4)  # the known mean
+    assert x[0, 0, 5, 12] == 3 and x[0, 0, 23, 5] > 100  # upright: the 5's stroke ends at the lower left
+    assert len(list(raw.iterdir())) == 8 and capsys.readouterr().out == ""
+    shutil.rmtree(raw)
+    few, labels, again, _ = load_data("mnist", tmp_path, limit=7)  # what was read stays in memory
+    assert torch.equal(few, x[:7]) and torch.equal(labels, y[:7]) and again is x_test
 
 
-def test_damage_among_whole_files(tmp_path):
-    tree(tmp_path, t10k_images_idx3_ubyte=idx((10000, 28, 28))[:-1])
-    refused(lambda: common.find_data("auto", tmp_path), TEST_IMAGES, "7840015")
+@pytest.fixture
+def raw(digits, tmp_path):
+    """The unpacked files of 1,100 training and 600 test images."""
+    return shutil.copytree(digits / "MNIST" / "raw", tmp_path / "MNIST" / "raw")
 
 
-def test_a_folder_in_place_of_a_file(tmp_path):
-    (tmp_path / "MNIST" / "raw" / IMAGES).mkdir(parents=True)
-    refused(lambda: common.find_data("auto", tmp_path), IMAGES, "cannot be read")
+def test_unpacked_files_that_are_damaged_are_named_with_what_to_delete(tmp_path, raw):
+    for file in "train-images-idx3-ubyte", "t10k-labels-idx1-ubyte":  # torchvision checks none of them again
+        whole = (raw / file).read_bytes()
+        for content in b"", whole[:6], whole[:17]:
+            (raw / file).write_bytes(content)
+            refused(lambda: load_data("mnist", tmp_path), f"MNIST in {raw}", "delete what is not a .gz")
+        (raw / file).write_bytes(whole)
+    (raw / "train-labels-idx1-ubyte").write_bytes((raw / "t10k-labels-idx1-ubyte").read_bytes())
+    refused(lambda: load_data("mnist", tmp_path), raw, "1100 images, 600 labels")
 
 
-def test_offline(tmp_path, capsys):
-    tree(tmp_path, train_images_idx3_ubyte=None, t10k_labels_idx1_ubyte=None)
-    refused(lambda: common.find_data("mnist", tmp_path),
-            "no network", IMAGES, TEST_LABELS, tmp_path / "MNIST" / "raw", "--data synthetic")
-    capsys.readouterr()
-    assert common.find_data("auto", tmp_path) == "synthetic"
-    out, err = capsys.readouterr()
-    assert out == "" and "WARNING" in err and "SYNTHETIC" in err and IMAGES in err and LABELS not in err
+def test_without_a_network_missing_files_are_said_where_to_put(tmp_path, raw):
+    refused(lambda: load_data("fashion", tmp_path), "train-images", tmp_path / "FashionMNIST", "--data-dir")
+    refused(lambda: load_data("cifar10", tmp_path), "no network", tmp_path / "cifar-10-batches-py")
+    for file in "t10k-labels-idx1-ubyte", "train-images-idx3-ubyte":
+        (raw / file).unlink()
+        (raw / f"{file}.gz").write_bytes(b"cut off")
+        refused(lambda: load_data("mnist", tmp_path), raw, "put its original files into")
+    assert common.socket.getdefaulttimeout() is None
 
 
-def test_the_download_is_checked_and_cannot_hang(tmp_path, monkeypatch):
-    timeouts = []
-
-    def download(self):
-        timeouts.append(common.socket.getdefaulttimeout())
-        print("chatter")
-        tree(Path(self.root), train_labels_idx1_ubyte=b"")
-    monkeypatch.setattr(MNIST, "download", download)
-    monkeypatch.setattr(MNIST, "_load_data", lambda self: (None, None))
-    before = common.socket.getdefaulttimeout()
-    refused(lambda: common.find_data("auto", tmp_path), LABELS, "empty")
-    assert 0 < timeouts[0] <= 20 and common.socket.getdefaulttimeout() == before
+def test_a_data_folder_that_is_a_file_or_cannot_be_written(tmp_path):
+    (tmp_path / "file").touch()
+    refused(lambda: load_data("mnist", tmp_path / "file"), tmp_path / "file", "--data-dir")
+    refused(lambda: load_data("nonsense", tmp_path), "nonsense", "mnist", "cifar10", "folder")
+    if hasattr(os, "geteuid") and os.geteuid():  # root may write anywhere
+        (tmp_path / "locked").mkdir(mode=0o500)
+        refused(lambda: load_data("mnist", tmp_path / "locked"), "Permission denied", tmp_path / "locked")
 
 
-def test_data_folder_that_is_no_folder(tmp_path, capsys):
-    file = tmp_path / "file"
-    file.write_text("")
-    for name in "auto", "mnist":
-        refused(lambda: common.find_data(name, file), file, "Not a directory", "--data-dir")
-    monkeyless = file / "below"  # cannot be created
-    assert common.find_data("synthetic", monkeyless) == "synthetic"
-    refused(lambda: common.find_data("cifar", tmp_path), "cifar")
-    loop = tmp_path / "loop"
-    loop.symlink_to(loop)
-    for folder in file / "below", loop, tmp_path / ("a" * 300):  # never a reason for synthetic digits
-        refused(lambda: common.find_data("auto", folder), folder, "--data-dir")
-    assert sorted(os.listdir(tmp_path)) == ["file", "loop"]
+@pytest.mark.parametrize("name", ["mnist", "fashion", "kmnist"])
+def test_a_name_wins_over_a_folder_and_has_its_own_size(tmp_path, monkeypatch, digits, name):
+    root = shutil.copytree(digits, tmp_path / "data")
+    (root / "MNIST").replace(root / common.NAMES[name])
+    monkeypatch.chdir(tmp_path)
+    Path(name).mkdir()
+    x, y, x_test, _ = load_data(name, root)
+    assert x.shape == (1100, 1, 28, 28) and x_test.shape == (600, 1, 28, 28) and y[:3].tolist() == [5, 0, 4]
+    refused(lambda: load_data(name, root, size=32), "--size", name)
 
 
-@pytest.mark.skipif(MNIST_ROOT is None, reason="no MNIST under $DATA_DIR or ../shared/data")
-def test_real_mnist():
-    train, test = common.load_data("mnist", MNIST_ROOT, "cpu")
-    labels, test_labels = common.load_labels("mnist", MNIST_ROOT, "cpu")
-    assert labels[:5].tolist() == [5, 0, 4, 1, 9] and test_labels[:3].tolist() == [7, 2, 1]
-    assert train.float().mean().item() / 255 == pytest.approx(0.1307, abs=1e-4)  # the known mean
-    assert len(test) == 10000
+def test_cifar10_is_in_colour(tmp_path, monkeypatch):
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 3072), dtype=np.uint8)
+    files = {"data_batch_1": {"data": pixels, "labels": [3, 1, 4, 1]},
+             "test_batch": {"data": pixels[:2], "labels": [5, 9]}, "batches.meta": {"label_names": ["bird"]}}
+    (tmp_path / "cifar-10-batches-py").mkdir()
+    for name, content in files.items():
+        (tmp_path / "cifar-10-batches-py" / name).write_bytes(pickle.dumps(content))
+    monkeypatch.setattr(CIFAR10, "train_list", [["data_batch_1", None]])  # None: any checksum will do
+    monkeypatch.setattr(CIFAR10, "test_list", [["test_batch", None]])
+    monkeypatch.setattr(CIFAR10, "meta", CIFAR10.meta | {"md5": None})
+    x, y, x_test, y_test = load_data("cifar10", tmp_path)
+    assert torch.equal(x, torch.from_numpy(pixels).view(4, 3, 32, 32)) and x.is_contiguous()
+    assert y.tolist() == [3, 1, 4, 1] and y_test.tolist() == [5, 9] and len(x_test) == 2
 
 
-def test_synthetic_digits():
-    torch.manual_seed(1)
-    state = torch.get_rng_state()
-    images, labels = common.synthetic_digits(2000, seed=3)
-    assert torch.equal(torch.get_rng_state(), state)
-    torch.manual_seed(2)
-    again = common.synthetic_digits(2000, seed=3)
-    assert torch.equal(again[0], images) and torch.equal(again[1], labels)
-    assert not torch.equal(common.synthetic_digits(2000, seed=4)[0], images)
+# ---- folders of pictures
 
-    assert images.shape == (2000, 1, 28, 28) and images.dtype == torch.uint8 and labels.dtype == torch.int64
-    assert labels.bincount().tolist() == [200] * 10
-    assert not torch.equal(labels, labels.sort().values) and len(labels[:50].unique()) > 5
-    black, white = (images == 0).float().mean(), (images == 255).float().mean()
-    assert black > 0.7 and white > 0.02 and 0.05 < 1 - black - white < 0.2  # antialiased edges
-    assert (images.flatten(1).amax(1) > 200).all()
-    mass = images.float().sum((0, 1))
-    rows = torch.arange(28.0)
-    assert (mass.sum(1) @ rows / mass.sum()).item() == pytest.approx(13.5, abs=0.5)
-    assert (mass.sum(0) @ rows / mass.sum()).item() == pytest.approx(13.5, abs=0.5)
-    assert len(images.flatten(1).unique(dim=0)) == 2000
+RAMP = np.tile(np.arange(0, 256, 8, dtype=np.uint8), (32, 1))  # from black on the left to 248 on the right
+GRAY, GRAY_16 = Image.fromarray(RAMP), Image.fromarray(RAMP.astype(np.uint16) * 257)
+RED, BLUE = (Image.new("RGB", (32, 32), colour) for colour in ((200, 10, 10), "blue"))
+WHITE = (255, 255, 255)
 
 
-def test_synthetic_labels_say_what_is_shown():
-    # The nearest class mean knows most digits; with wrong labels it would know one in ten.
-    x, labels = common.synthetic_digits(3000, seed=0)
-    y, truth = common.synthetic_digits(500, seed=1)
-    means = torch.stack([x[labels == digit].float().flatten(1).mean(0) for digit in range(10)])
-    assert (torch.cdist(y.float().flatten(1), means).argmin(1) == truth).float().mean() > 0.7
+def encoded(picture, name, **options):
+    """The bytes of a picture's file of this name."""
+    file = io.BytesIO()
+    file.name = name
+    picture.save(file, **options)
+    return file.getvalue()
 
 
-def test_synthetic_data_are_made_once(monkeypatch):
-    calls = []
+def pictures(folder, files, size=32):
+    """Writes {name: bytes} and reads the folder -> all of it, (N, C, size, size)."""
+    for name, content in files.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(content)
+    x, y, x_test, y_test = load_data(folder, size=size)
+    assert y is None and y_test is None and x.dtype == torch.uint8 and x.is_contiguous()
+    return torch.cat([x, x_test])
 
-    def digits(n, seed):
-        calls.append((n, seed))
-        return torch.zeros(n, 1, 28, 28, dtype=torch.uint8), torch.zeros(n, dtype=torch.int64)
-    monkeypatch.setattr(common, "synthetic_digits", digits)
-    common._load.cache_clear()
-    train, test = common.load_data("synthetic", "a", "cpu")
-    assert len(common.load_labels("synthetic", "b", "cpu")[1]) == len(test)
-    assert [n for n, _ in calls] == [len(train), len(test)] and calls[0][1] != calls[1][1]
-    common._load.cache_clear()
+
+@pytest.mark.parametrize("suffix", ["png", "PNG", "jpg", "jpeg", "webp", "gif", "bmp"])
+def test_formats_in_gray_and_in_colour(tmp_path, suffix):
+    for picture, channels, atol in (RED, 3, 4), (GRAY, 3 if suffix in ("webp", "gif") else 1, 6):
+        file, folder = encoded(picture, f"a.{suffix}"), tmp_path / picture.mode
+        x = pictures(folder, {f"a.{suffix}": file, f"b.{suffix}": file})
+        assert x.shape == (2, channels, 32, 32)  # the two that are not 1 know no gray
+        pixels = np.asarray(picture.convert("RGB")).transpose(2, 0, 1)[:channels]
+        np.testing.assert_allclose(x, [pixels, pixels], atol=atol)
+
+
+def halves(mode, one, other, size=(40, 40)):
+    """A picture whose upper half is `one` and whose lower half is `other`."""
+    picture = Image.new(mode, size, other)
+    picture.paste(one, (0, 0, size[0], size[1] // 2))
+    return picture
+
+
+PALETTE = halves("P", 0, 1)
+PALETTE.putpalette([10, 20, 30, 40, 50, 60])
+PHOTOGRAPH = halves("L", 50, 90, (900, 400))
+PHOTOGRAPH.paste(255, (0, 0, 200, 400))  # beside the square in the middle that is cut out
+SIDEWAYS = Image.Exif()
+SIDEWAYS[0x0112] = 6  # to be shown turned clockwise: the upper half becomes the right one
+
+
+@pytest.mark.parametrize("name, picture, options, points", [  # {(row, column): colour}, of 32 x 32
+    ("clear.png", halves("RGBA", (255, 0, 0, 127), (0,) * 4), {}, {(4, 9): (255, 128, 128), (28, 9): WHITE}),
+    ("palette.png", PALETTE, {"transparency": 0}, {(4, 9): WHITE, (28, 9): (40, 50, 60)}),
+    ("sideways.jpg", halves("L", 255, 0), {"exif": SIDEWAYS}, {(4, 4): (0,), (28, 4): (0,), (4, 28): (255,)}),
+    ("16_bits.png", GRAY_16, {}, {(5, 1): (8,), (5, 30): (240,)}),
+    ("inks.jpg", RED.convert("CMYK"), {}, {(9, 9): (200, 10, 10)}),
+    ("bits.png", halves("1", 1, 0), {}, {(4, 9): (255,), (28, 9): (0,)}),
+    ("pixel.png", Image.new("L", (1, 1), 77), {}, {(0, 0): (77,), (31, 31): (77,)}),
+    ("thin.png", Image.new("L", (1, 500), 77), {}, {(0, 0): (77,), (31, 31): (77,)}),
+    ("photograph.jpg", PHOTOGRAPH, {}, {(4, 0): (50,), (28, 31): (90,)}),
+    ("first_frame.gif", RED, {"save_all": True, "append_images": [BLUE]}, {(9, 9): (200, 10, 10)}),
+    ("first_frame.webp", RED, {"save_all": True, "append_images": [BLUE]}, {(9, 9): (200, 10, 10)})])
+def test_what_a_picture_shows(tmp_path, name, picture, options, points):
+    file = encoded(picture, name, **options)
+    x, again = pictures(tmp_path, {name: file, f"again_{name}": file})  # two are the fewest
+    assert torch.equal(x, again)
+    for (row, column), colour in points.items():
+        torch.testing.assert_close(x[:, row, column].float(), torch.tensor(colour).float(), atol=4, rtol=0)
+
+
+def test_gray_pictures_among_coloured_ones_become_coloured(tmp_path):
+    files = {"a.png": GRAY, "below/b.png": RED, "c.png": GRAY_16}
+    x = pictures(tmp_path, {name: encoded(picture, name) for name, picture in files.items()})
+    gray = torch.from_numpy(RAMP).expand(3, 32, 32)
+    assert x.shape == (3, 3, 32, 32) and sum(torch.equal(each, gray) for each in x) == 2
+
+
+def test_pictures_that_cannot_be_read_are_skipped_and_named(tmp_path, capsys):
+    good = encoded(GRAY, "a.png")
+    size = 2 * (20000).to_bytes(4, "big")  # 400 megapixels, which are not decoded
+    huge = good[:16] + size + good[24:29] + zlib.crc32(good[12:16] + size + good[24:29]).to_bytes(4, "big")
+    bad = {"bad.jpg": b"\x89PNG nothing", "half.png": good[:-40], "huge.png": huge + good[33:]}
+    assert pictures(tmp_path, bad | {"notes.txt": b"", "a.png": good, "b.png": good}).shape == (2, 1, 32, 32)
+    out = capsys.readouterr().out
+    assert "skipped 3 of 5" in out and out.count("\n") == 1 and "400000000 pixels) exceeds limit" in out
+    assert all(str(tmp_path / name) in out for name in bad)
+
+
+def test_a_folder_without_pictures_and_a_size_that_cannot_be_halved_twice(tmp_path):
+    refused(lambda: load_data(tmp_path), "0 pictures", tmp_path)
+    refused(lambda: pictures(tmp_path, {"a.png": b""}), "0 pictures", tmp_path)
+    good = {"b.png": encoded(GRAY, "b.png")}
+    refused(lambda: pictures(tmp_path, good), "1 pictures", tmp_path)  # none to test on
+    refused(lambda: pictures(tmp_path, good, size=18), "--size 18", "multiple of 4")
+
+
+def test_a_tenth_is_held_out_by_the_seed(tmp_path):
+    for i in range(30):
+        Image.new("L", (4, 4), i).save(tmp_path / f"{i:02}.png")
+    splits = []
+    for seed in 0, 0, 1:
+        common._read_folder.cache_clear()
+        x, _, x_test, _ = load_data(tmp_path, size=16, seed=seed)
+        assert x.shape == (27, 1, 16, 16) and x_test.shape == (3, 1, 16, 16)
+        assert sorted(torch.cat([x, x_test])[:, 0, 0, 0].tolist()) == list(range(30))
+        splits.append(x_test[:, 0, 0, 0].tolist())
+    assert splits[0] == splits[1] != splits[2]
+    assert len(load_data(tmp_path, size=16, limit=5)[0]) == 5
 
 
 # ---- plots
 
-def pixels(path):
-    assert path.stat().st_size < 300_000
-    picture = np.asarray(Image.open(path).convert("L"))
-    assert picture.std() > 5
-    return picture
-
-
-def test_every_plot_draws(tmp_path):
-    x = common.synthetic_digits(100, seed=0)[0] / 255
-    path = tmp_path / "plot.png"
-    common.plot_grid(x[:95], path, "grid")
-    assert pixels(path).shape[0] > 1000
-    common.plot_grid(torch.rand(3, 3, 32, 32), path, "colour, fewer than a row")
-    pixels(path)
-    common.plot_rows({"data": x[:4], "model": x[4:8]}, path, "rows", [f"t = {t}" for t in range(4)])
-    pixels(path)
-    common.plot_curves({"a": ([1, 2, 3], [3.0, math.nan, 1.0]), "b": ([1], [2.0])}, path, "curves", "nats")
-    pixels(path)
-    common.plot_latent(torch.randn(500, 2, requires_grad=True), torch.arange(500) % 10, path, "latent")
-    pixels(path)
-    common.plot_manifold(x, path, "manifold")
-    pixels(path)
-    assert os.listdir(tmp_path) == ["plot.png"]
-    with pytest.raises(OSError):
-        common.plot_grid(x, tmp_path / "no folder" / "plot.png", "title")
-
-
-def test_images_are_upright_in_order_and_not_rescaled():
+def test_images_are_upright_in_order_and_not_rescaled(tmp_path):
     x = torch.zeros(3, 1, 4, 5)
     x[0, 0, 0, 4] = 0.25  # top right of the first image
     x[2, 0, 3, 0] = 7  # clipped to 1, bottom left of the third, which opens the second row
-    mosaic = common._mosaic(x, 2, gap=1)
+    mosaic = common.mosaic(x, 2, gap=1)
     assert mosaic.shape == (9, 11, 3)
     assert (mosaic[0, 4] == 0.25).all() and (mosaic[8, 0] == 1).all() and (mosaic[0, 0] == 0).all()
     assert mosaic[:4, :5].sum() == 0.75 and mosaic[5:, :5].sum() == 3
     assert (mosaic[4] == 1).all() and (mosaic[:, 5] == 1).all() and (mosaic[5:, 6:] == 1).all()
+    levels = torch.tensor([0.1, 0.2, 0.3, 0.4]).view(4, 1, 1, 1) * torch.tensor([1, 2, 0]).view(3, 1, 1)
+    common.plot_grid(levels.expand(4, 3, 28, 28), tmp_path / "x.png", "", columns=2)
+    picture = np.asarray(Image.open(tmp_path / "x.png").convert("RGB"))
+    H, W = len(picture) // 4, len(picture[0]) // 4
+    found = [picture[row * H, column * W] for row in (1, 3) for column in (1, 3)]
+    np.testing.assert_allclose(found, 255 * levels.flatten(1), atol=1)
 
 
 def test_equal_mass_grid():
@@ -246,308 +269,227 @@ def test_equal_mass_grid():
     torch.testing.assert_close(mass, torch.tensor([1, 3, 5, 7]) / 8)
 
 
-def test_gif_has_every_frame_and_holds_the_last(tmp_path):
-    path = tmp_path / "sample.gif"
-    panels = {"x": torch.rand(60, 1, 28, 28), "x0": torch.rand(60, 1, 28, 28)}
-    common.save_gif(panels, path, "title", [f"t = {1000 - 10 * f}" for f in range(60)])
+def test_axes_say_what_stands_where(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(common.Figure, "savefig", lambda figure, *_, **__: drawn.append(figure.axes[0]))
+
+    def labels(axis):
+        return {tick: label.get_text() for tick, label in zip(axis.get_ticklocs(), axis.get_ticklabels())}
+    common.plot_manifold(torch.rand(144, 1, 4, 6), tmp_path, "")
+    z, axes = common.equal_mass_grid(12).view(12, 12, 2), drawn.pop()
+    assert axes.images[0].get_array().shape == (12 * 4, 12 * 6, 3)
+    assert labels(axes.xaxis) == {6 * i + 3: f"{z[0, i, 0]:.2f}" for i in (0, 2, 4, 6, 7, 9, 11)}
+    assert labels(axes.yaxis) == {4 * i + 2: f"{z[i, 0, 1]:.2f}" for i in (0, 2, 4, 5, 7, 9, 11)}
+    x = torch.rand(3, 1, 4, 6)
+    common.plot_rows({"data": x, "model": x}, tmp_path, "", "abc")
+    axes = drawn.pop()
+    assert labels(axes.xaxis) == {3: "a", 11: "b", 19: "c"} and labels(axes.yaxis) == {2: "data", 8: "model"}
+    mu, y = torch.randn(60, 2, requires_grad=True), torch.arange(60) % 10
+    common.plot_latent(mu, y, tmp_path, "")
+    axes = drawn.pop()
+    for kind, points in enumerate(axes.collections):
+        np.testing.assert_array_equal(points.get_offsets(), mu[y == kind].detach())
+    assert kind == 9 and [circle.radius for circle in axes.patches] == [1, 2] and axes.get_aspect() == 1
+    common.plot_latent(mu, None, tmp_path, "")  # of a folder, which has no labels
+    assert len(drawn.pop().collections) == 1
+
+
+@pytest.mark.parametrize("C", [1, 3])
+def test_a_gif_has_every_frame_and_holds_the_last(tmp_path, C):
+    path, levels = tmp_path / "sample.gif", torch.linspace(0, 1, 12).view(12, 1, 1, 1)
+    panels = {"x": levels.expand(-1, C, 28, 28), "x0": 1 - levels.expand(-1, C, 28, 28)}
+    common.save_gif(panels, path, "title", [f"t = {12 - f}" for f in range(12)])
     gif = Image.open(path)
-    assert gif.n_frames == 60 and path.stat().st_size < 1_000_000
-    first, duration = np.asarray(gif.convert("L")), gif.info["duration"]
-    gif.seek(59)
+    assert gif.n_frames == 12 and path.stat().st_size < 1_000_000
+    found, duration = [], gif.info["duration"]
+    for frame in range(12):
+        gif.seek(frame)
+        found.append([gif.convert("L").getpixel((gif.width * i // 4, gif.height // 2)) for i in (1, 3)])
+    np.testing.assert_allclose(found, 255 * torch.cat([levels, 1 - levels], 1).flatten(1), atol=4)
     assert gif.info["duration"] > 5 * duration
-    assert np.abs(first - np.asarray(gif.convert("L")).astype(float)).mean() > 5
 
 
-# ---- the command line
+# ---- a run's settings and its checkpoint
 
-@pytest.mark.parametrize("kind, text, value", [(int, "1", 1), (int, "10", 10), (float, "2.5", 2.5)])
-def test_number_takes(kind, text, value):
-    assert common.number(kind, 1, 10)(text) == value
-
-
-@pytest.mark.parametrize("kind, text", [
-    (int, "0"), (int, "11"), (int, "2.5"), (int, "x"), (int, ""), (float, "nan"), (float, "inf")])
-def test_number_refuses(kind, text):
-    name = "a whole number" if kind is int else "a number"
-    with pytest.raises(argparse.ArgumentTypeError, match=f"^must be {name} from 1 to 10, not '{text}'$"):
-        common.number(kind, 1, 10)(text)
+SETTINGS = {"data": "mnist", "size": None, "limit": None, "seed": 0, "lr": 0.5, "epochs": 2}
+CHECKPOINT = {"kind": "vae", "settings": SETTINGS, "history": [{"epoch": 1, "loss": 3.0}],
+              "model": {"weight": torch.arange(1000.0)}}
 
 
-def test_arguments(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["/somewhere/vae.py"])
-    monkeypatch.setenv("DATA_DIR", "/my data")
-    parser = common.arguments("What it does.", "  python vae.py --limit 10", None, 128, 1e-3)
-    args = vars(parser.parse_args([]))
-    assert args == dict(data="auto", data_dir="/my data", limit=None, out="results", epochs=None,
-                        batch_size=128, lr=1e-3, seed=0, device="auto", resume=False, overwrite=False)
-    help = parser.format_help()
-    for words in "What it does.", "  python vae.py --limit 10", "128", "0.001", "/my data", "(default: 0)":
-        assert words in help
-    assert "default: None" not in help and "default: False" not in help
-    for wrong in ["--epochs", "0"], ["--lr", "nan"], ["--data", "cifar"], ["--nonsense"], ["--seed", "-1"]:
-        with pytest.raises(SystemExit) as stop:
-            parser.parse_args(wrong)
-        err = capsys.readouterr().err
-        assert stop.value.code == 2 and err.startswith("vae.py: error: ") and err.count("\n") == 1
+def settle(path, resume=False, **flags):
+    """As a script whose own flags are --lr and --epochs -> args, settings, the checkpoint or None."""
+    args = argparse.Namespace(**dict.fromkeys(SETTINGS) | flags, resume=resume)
+    return args, *common.settle(args, path, lr=1e-3, epochs=30)
+
+
+def test_settle_fills_in_what_is_left_open_and_a_resume_takes_it_from_the_checkpoint(tmp_path):
+    path = tmp_path / "vae.pt"
+    args, settings, saved = settle(path, lr=0.5, epochs=2)
+    assert settings == SETTINGS == {name: getattr(args, name) for name in SETTINGS} and saved is None
+    refused(lambda: settle(path, resume=True), path, "no checkpoint", "--out")
+    common.save(path, **CHECKPOINT)
+    refused(lambda: settle(path), path, "earlier run", "--resume", "delete it", "--out")
+    for flags in {}, {"lr": 0.5, "data": "mnist", "seed": 0}:  # equal ones may be given again
+        args, settings, saved = settle(path, resume=True, **flags)
+        assert settings == SETTINGS == {name: getattr(args, name) for name in SETTINGS}
+        assert saved["history"] == CHECKPOINT["history"]
+    for name, value in {"lr": 0.1, "epochs": 3, "limit": 10, "seed": 1, "data": "kmnist"}.items():
+        refused(lambda: settle(path, resume=True, **{name: value}), path,
+                f"with {name} {SETTINGS[name]}, not {value}", "--out")
+    common.save(path, **CHECKPOINT | {"settings": {"lr": 0.5}})
+    refused(lambda: settle(path, resume=True), path, "another version")
+
+
+@pytest.mark.parametrize("step, error", [
+    ("torch.save", RuntimeError("torn")), ("torch.save", OSError(errno.ENOSPC, "No space left on device")),
+    ("os.replace", OSError("torn")), ("os.replace", KeyboardInterrupt())])
+def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch, step, error):
+    path = tmp_path / "vae.pt"
+    common.save(path, **CHECKPOINT)
+
+    def fail(_, unfinished):
+        Path(unfinished).write_bytes(b"half") if step == "torch.save" else None
+        raise error
+    monkeypatch.setattr(step, fail)
+    with pytest.raises(BaseException) as stop:
+        common.save(path, **CHECKPOINT)
+    if isinstance(error, Exception):
+        assert str(stop.value).startswith(f"error: cannot save {path} ({error})")
+    assert os.listdir(tmp_path) == ["vae.pt"]
+    assert torch.equal(common.load(path, "vae")["model"]["weight"], CHECKPOINT["model"]["weight"])
+
+
+def test_load_refuses_what_is_damaged_or_foreign_and_runs_no_code(tmp_path):
+    path, trap = tmp_path / "vae.pt", str(tmp_path / "trap")
+    refused(lambda: common.load(path, "vae"), path, "no checkpoint", "train first")
+    snare = type("", (), {"__reduce__": lambda _: (open, (trap, "w"))})()  # unpickled, it would leave a file
+    files = []
+    for more in {}, {"x": snare}:
+        torch.save(CHECKPOINT | more, path)
+        files.append(path.read_bytes())
+    whole, trapped = files
+    pickled = pickle.dumps(CHECKPOINT | {"x": snare}, protocol=2)
+    flipped = whole[:2000] + bytes([whole[2000] ^ 1]) + whole[2001:]  # within the 4000 bytes of the weight
+    for content in b"", whole[:100], whole[:-100], flipped, b"text\n", trapped, pickled:
+        path.write_bytes(content)
+        refused(lambda: common.load(path, "vae"), path, "damaged")
+    for foreign in [1, 2], 3, {"weight": 3}, {"kind": "vae"}, {"kind": torch.ones(3)}:
+        torch.save(foreign, path)
+        refused(lambda: common.load(path, "vae"), path, "no checkpoint of these scripts")
+    assert not os.path.exists(trap)
+    torch.load(io.BytesIO(trapped), weights_only=False)
+    assert os.path.exists(trap)  # so the trap works
+
+
+def test_load_model_is_ready_and_names_what_does_not_fit(tmp_path):
+    path, build = tmp_path / "vae.pt", lambda settings: torch.nn.Linear(2, settings["epochs"])
+    common.save(path, **CHECKPOINT | {"model": build(SETTINGS).state_dict()})
+    model = common.load_model(path, "vae", "model", CPU, build)
+    assert model.title == "MNIST, 2 epochs" and model.settings == SETTINGS
+    assert not model.training and not model.weight.requires_grad
+    refused(lambda: common.load_model(path, "ddpm", "model", CPU, build), "a vae", "a ddpm")
+    other = torch.nn.Linear(3, 1)
+    for part, build in ("ema", build), ("model", lambda settings: settings["T"]), ("model", lambda _: other):
+        refused(lambda: common.load_model(path, "vae", part, CPU, build), path, "another version")
+
+
+# ---- numbers, devices, the command line
+
+def test_what_is_said_while_it_trains(capsys):
+    common.say({"epoch": 1, "loss": 0.123456789, "limit": None})
+    assert capsys.readouterr().out == "epoch 1  loss 0.12346  limit None\n"
+    said = []
+    bar = argparse.Namespace(total=200, format_dict={"elapsed": 15.0}, set_postfix=said.append)
+    for step in range(99):
+        common.show(bar, step, torch.tensor(0.123456), epochs=6)
+    assert said == [{"loss": "0.1235", "6 epochs": "6.0 min", "100 epochs": "100.0 min"}]
+
+
+@pytest.mark.parametrize("kind", [int, float])
+def test_number(kind):
+    parse, name = common.number(kind, 1, 10), "a whole number" if kind is int else "a number"
+    assert parse("1") == 1 and parse("10") == 10 and isinstance(parse("2"), kind)
+    for text in "0", "11", "x", "", "nan", "inf", "2.5" if kind is int else "10.1":
+        with pytest.raises(argparse.ArgumentTypeError, match=f"^must be {name} from 1 to 10, not '{text}'$"):
+            parse(text)
+
+
+def test_arguments(capsys):
+    parser = common.arguments("What it does.\n\n  python vae.py --limit 10")
+    given = {name: value for name, value in vars(parser.parse_args([])).items() if value is not None}
+    assert given == dict(data_dir=str(REPO / "data"), out="results", device="auto")  # settle adds the rest
+    assert "What it does.\n\n  python vae.py --limit 10" in parser.format_help()
+    with pytest.raises(SystemExit, match="2"):
+        parser.parse_args(["--seed=-1"])
+    assert capsys.readouterr().err == (
+        "error: argument --seed: must be a whole number from 0 to 1000000000, not '-1'\n")
 
 
 def test_pick_device(monkeypatch):
+    for name in "tpu", "cuda:", "cuda:-1", "cuda:77", "meta", "":
+        refused(lambda: common.pick_device(name), f"--device {name}".strip(), "choose auto, cpu")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert common.pick_device("auto") == common.pick_device("cpu") == torch.device("cpu")
-    for name in "cuda", "cuda:0", "tpu", "cuda:", "cuda:-1", "":
-        refused(lambda: common.pick_device(name), name)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert common.pick_device("auto").type == "cuda" and common.pick_device("cuda:1").index == 1
-    refused(lambda: common.pick_device("cuda:7"), "cuda:7", "2")
+    assert common.pick_device("auto") == common.pick_device("cpu") == CPU
+    monkeypatch.setattr(common, "WORLD", 2)
+    refused(lambda: common.pick_device("cuda:0"), "each process takes a GPU of its own")
 
 
-def test_output_folder(tmp_path):
+def test_output_folder(tmp_path, monkeypatch):
     folder = common.output_folder(str(tmp_path / "a" / "b"))
     assert folder == tmp_path / "a" / "b" and folder.is_dir() and not os.listdir(folder)
-    (tmp_path / "file").write_text("kept")
-    refused(lambda: common.output_folder(tmp_path / "file"), tmp_path / "file", "--out")
-    refused(lambda: common.output_folder(tmp_path / "file" / "below"), "--out")
-    assert (tmp_path / "file").read_text() == "kept"
+    (tmp_path / "file").touch()
+    refused(lambda: common.output_folder(tmp_path / "file" / "below"), "file", "--out")
 
-
-def test_output_folder_without_room(tmp_path, monkeypatch):
     def full(**_):
         raise OSError(errno.ENOSPC, "No space left on device")
     monkeypatch.setattr(common.tempfile, "TemporaryFile", full)
     refused(lambda: common.output_folder(tmp_path), "No space left", "--out")
 
 
-CHECKPOINT = {"kind": "vae", "settings": {}, "weight": torch.arange(1000.0), "epoch": 3, "args": {"lr": 1e-3, "out": None}}
+def test_random_numbers_of_its_own():
+    torch.manual_seed(1)
+    state = torch.get_rng_state()
+    with common.fork_seed(7, CPU):
+        first = torch.rand(3)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.rand(5)
+    with common.fork_seed(7, CPU):
+        assert torch.equal(torch.rand(3), first)
 
 
-def test_save_and_load(tmp_path):
-    path = tmp_path / "vae.pt"
-    common.save(CHECKPOINT, path)
-    (tmp_path / "vae.pt.123.tmp").write_text("of a process that was killed in the middle")
-    common.save(CHECKPOINT | {"epoch": 4}, path)
-    checkpoint = common.load(path, "vae")
-    assert torch.equal(checkpoint["weight"], CHECKPOINT["weight"]) and checkpoint["epoch"] == 4
-    assert checkpoint["args"] == CHECKPOINT["args"] and os.listdir(tmp_path) == ["vae.pt"]
-
-
-@pytest.mark.parametrize("step, error", [
-    ("torch.save", RuntimeError("torn")), ("os.fsync", OSError(errno.ENOSPC, "No space left on device")),
-    ("os.replace", OSError("torn")), ("os.fsync", KeyboardInterrupt())])
-def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch, step, error):
-    path = tmp_path / "vae.pt"
-    common.save(CHECKPOINT, path)
-
-    def fail(*_):
-        raise error
-    with monkeypatch.context() as patch:
-        patch.setattr(step, fail)
-        if isinstance(error, Exception):
-            refused(lambda: common.save({"kind": "vae"}, path), path, error)
-        else:
-            with pytest.raises(KeyboardInterrupt):
-                common.save({"kind": "vae"}, path)
-    assert os.listdir(tmp_path) == ["vae.pt"]
-    assert common.load(path, "vae")["epoch"] == 3
-
-
-def test_a_checkpoint_out_of_reach_is_not_called_damaged(tmp_path, monkeypatch):
-    (tmp_path / "file").write_text("")
-    refused(lambda: common.load(tmp_path / "file" / "vae.pt", "vae"), "Not a directory")
-
-    def denied(*_, **__):
-        raise PermissionError(errno.EACCES, "Permission denied")
-    monkeypatch.setattr(common.zipfile, "ZipFile", denied)
-    refused(lambda: common.load(tmp_path / "vae.pt", "vae"), tmp_path / "vae.pt", "Permission denied")
-
-
-class Trap:
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return open, (self.path, "w")  # unpickled, it would leave a file
-
-
-def test_load_refuses(tmp_path):
-    path, trap = tmp_path / "vae.pt", str(tmp_path / "trap")
-    refused(lambda: common.load(path, "vae"), path, "no checkpoint")
-    refused(lambda: common.load(tmp_path, "vae"), tmp_path)
-    whole = io.BytesIO()
-    torch.save(CHECKPOINT, whole)
-    whole = whole.getvalue()
-    trapped = io.BytesIO()
-    torch.save({"kind": "vae", "x": Trap(trap)}, trapped)
-    noise = np.random.default_rng(0).bytes(5000)
-    pickled = pickle.dumps({"kind": "vae", "x": Trap(trap)}, protocol=2)
-    flipped = whole[:2000] + bytes([whole[2000] ^ 1]) + whole[2001:]  # within the 4000 bytes of the weight
-    for content in b"", whole[:100], whole[:-100], flipped, noise, b"text\n", trapped.getvalue(), pickled:
-        path.write_bytes(content)
-        refused(lambda: common.load(path, "vae"), path, "damaged")
-    assert not os.path.exists(trap)
-    torch.load(io.BytesIO(trapped.getvalue()), weights_only=False)
-    assert os.path.exists(trap)  # so the trap works
-
-
-@pytest.mark.parametrize("foreign", [[1, 2], torch.ones(3), {"weight": 3}, {"kind": torch.ones(3)}])
-def test_load_refuses_foreign_checkpoints(tmp_path, foreign):
-    torch.save(foreign, tmp_path / "x.pt")
-    refused(lambda: common.load(tmp_path / "x.pt", "vae"), "x.pt", "no checkpoint of these scripts")
-
-
-def test_load_names_both_kinds(tmp_path):
-    common.save(CHECKPOINT, tmp_path / "x.pt")
-    refused(lambda: common.load(tmp_path / "x.pt", "ddpm"), "a vae", "a ddpm")
-
-
-@pytest.mark.parametrize("error", [
-    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB"),
-    RuntimeError("[enforce fail at alloc_cpu.cpp:121] data. DefaultCPUAllocator: can't allocate memory: you tried")])
-def test_out_of_memory_names_what_to_lower(error):
-    def call():
-        with common.enough_memory("--batch-size", 512):
+def test_run_says_in_one_line_what_the_user_can_mend_and_leaves_bugs_alone(capsys):
+    def fail(error):
+        def main():
             raise error
-    refused(call, "out of memory", "--batch-size 512", "lower")
-
-
-def test_other_errors_of_torch_are_no_lack_of_memory():
-    with pytest.raises(RuntimeError, match="shapes"), common.enough_memory("--batch-size", 512):
-        raise RuntimeError("shapes do not match")
-
-
-@pytest.fixture
-def handler():
-    before = signal.getsignal(signal.SIGTERM)
-    yield
-    signal.signal(signal.SIGTERM, before)
-
-
-@pytest.mark.parametrize("error, code, words", [
-    (common.InputError("no data"), 2, "no data"),
-    (torch.OutOfMemoryError("CUDA out of memory.\nTried"), 2, "--batch-size"),
-    (OSError(errno.ENOSPC, "No space left on device"), 2, "No space left"),
-    (KeyboardInterrupt(), 130, "")])
-def test_run(handler, monkeypatch, capsys, error, code, words):
-    def main():
-        raise error
-    monkeypatch.setattr(sys, "argv", ["/somewhere/ddpm.py"])
+        return lambda: common.run(main)
+    refused(fail(torch.OutOfMemoryError("CUDA out of memory.\nTried")), "out of memory", "--batch-size")
+    refused(lambda: common.run(lambda: torch.empty(10**15)), "out of memory", "--batch-size")
+    refused(fail(OSError(errno.ENOSPC, "No space left on device")), "No space left")
+    refused(fail(common.InputError("no data")), "no data")
+    for bug in ZeroDivisionError(), RuntimeError("shapes cannot be multiplied"):
+        with pytest.raises(type(bug)):
+            fail(bug)()
     with pytest.raises(SystemExit) as stop:
-        common.run(main)
-    err = capsys.readouterr().err
-    assert stop.value.code == code and words in err
-    assert err == "" if code == 130 else err.startswith("ddpm.py: error: ") and err.count("\n") == 1
+        fail(KeyboardInterrupt())()
+    assert stop.value.code == 130 and capsys.readouterr().err.strip().splitlines() == [
+        "stopped: --resume goes on from the last finished epoch, if there is one"]
 
 
-def test_run_leaves_bugs_alone_and_ends_on_sigterm(handler):
-    common.run(lambda: None)
-    with pytest.raises(ZeroDivisionError):
-        common.run(lambda: 1 / 0)
-    with pytest.raises(SystemExit) as stop:
-        common.run(lambda: os.kill(os.getpid(), signal.SIGTERM))
-    assert stop.value.code == 143
-
-
-def test_import_is_free_of_side_effects():
-    code = "import torch, sys; s = torch.get_rng_state(); import common; " \
-           "assert torch.equal(s, torch.get_rng_state()); assert 'matplotlib.pyplot' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], cwd=REPO, check=True)
-
-
-class Broken(torch.autograd.Function):
-    """What compiles forwards, but not backwards."""
-
-    @staticmethod
-    def forward(ctx, x):
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx, gradient):
-        raise RuntimeError("Cannot find a working triton installation.\nmore")
-
-
-@pytest.mark.parametrize("forwards", [True, False])
-def test_what_does_not_compile_runs_as_it_is(monkeypatch, capsys, forwards):
-    model, made = torch.nn.Linear(1, 1), []
-
-    def broken(f, **_):
-        made.append(f)
-        return lambda x: (Broken.backward(None, x) if forwards else (Broken.apply(f(x)[0]), f(x)[1]))
-
-    def loss(x):
-        return model(x).sum(), model(x).sum()
-    monkeypatch.setattr(torch, "compile", broken)
-    f, x = common.compiled(loss, model, torch.device("cuda")), torch.ones(2, 1)
-    assert [f(x)[0].item(), f(x)[1].item()] == [loss(x)[0].item()] * 2 and len(made) == 1
-    f(x)[0].backward()
-    said = capsys.readouterr().err
-    assert said.splitlines() == ["not compiled, so slower: Cannot find a working triton installation."]
-    fail = common.compiled(lambda x: 1 / 0, model, torch.device("cuda"))
-    with pytest.raises(ZeroDivisionError):  # its own errors are not hidden
-        fail(x)
-    assert common.compiled(loss, model, torch.device("cpu")) is loss
-
-
-def test_what_compiles_is_called_once_for_trial(monkeypatch):
-    model, calls = torch.nn.Linear(1, 1), []
-    monkeypatch.setattr(torch, "compile", lambda f, **_: lambda x: calls.append(1) or f(x))
-    f = common.compiled(lambda x: model(x).sum(), model, torch.device("cuda"))
-    f(torch.ones(2, 1)), f(torch.ones(2, 1))
-    assert len(calls) == 3 and model.weight.grad is None
-
-
-def test_a_smaller_batch_is_not_compiled(monkeypatch):
-    model, calls = torch.nn.Linear(1, 1), []
-    monkeypatch.setattr(torch, "compile", lambda f, **_: lambda x: calls.append(len(x)) or f(x))
-    f = common.compiled(lambda x: model(x).sum(), model, torch.device("cuda"))
-    for size in 2, 3, 3, 2, 3:  # a run that goes on before the last batch of an epoch begins with that
-        x = torch.ones(size, 1)
-        assert f(x) == model(x).sum()
-    assert calls == [2] * 2 + [3] * 4  # one of each for trial
-
-
-def test_a_captured_step_repeats_its_kernels_and_nothing_else(cuda_graphs):
-    total, factor, called = torch.zeros(()), [1.0], []
-
-    def step(x, weight):
-        called.append(len(x))
-        total.add_(factor[0] * (weight * x).sum())
-        return 2 * total
-
-    captured = common.captured(step, torch.device("cuda"))
-    expected = 0.0
-    for i, size in enumerate((2, 3, 3, 2, 3, 3, 2, 3)):  # 2: the last batch of an epoch, before which it goes on
-        x = torch.full((size,), float(i))
-        expected += factor[0] * size * i * 5
-        assert captured(x, torch.tensor(5.0)).item() == 2 * expected == 2 * total.item()
-    assert called == [2, 3, 3, 2, 3, 3, 2] and len(cuda_graphs) == 1  # of 3: three calls and one recording
-    factor[0] = 100.0  # no tensor: it stays what it was
-    assert captured(torch.ones(3), torch.tensor(1.0)).item() == 2 * (expected + 3)
-
-
-def test_a_step_that_waits_for_the_device_is_not_captured(cuda_graphs):
-    def step(x):
-        if x.sum().item() < 0:
-            raise RuntimeError("operation not permitted when stream is capturing\nmore")
-        return x
-    captured = common.captured(step, torch.device("cuda"))
-    for _ in range(3):
-        captured(torch.ones(2))
-    with pytest.raises(AssertionError, match="waits"):  # the emulation's own word
-        captured(torch.ones(2))
-
-    def fails(x):
-        if torch.utils._python_dispatch._get_current_dispatch_mode():
-            raise RuntimeError("operation not permitted when stream is capturing\nmore")
-        return x
-    captured = common.captured(fails, torch.device("cuda"))
-    for _ in range(3):
-        captured(torch.ones(2))
-    with pytest.raises(common.InputError, match="not permitted.*torchrun"):
-        captured(torch.ones(2))
-
-
-def test_nothing_is_captured_on_a_cpu_or_under_torchrun(monkeypatch):
-    step = lambda x: x  # noqa: E731
-    assert common.captured(step, torch.device("cpu")) is step
-    monkeypatch.setattr(common, "TORCHRUN", True)
-    assert common.captured(step, torch.device("cuda")) is step
+def test_import_changes_nothing_and_a_terminal_that_knows_no_greek_shows_the_help():
+    code = """if True:
+        import runpy, socket, sys, torch
+        before = torch.get_rng_state(), torch.get_num_threads(), torch.get_default_dtype()
+        import common
+        after = torch.get_rng_state(), torch.get_num_threads(), torch.get_default_dtype()
+        assert torch.equal(before[0], after[0]) and before[1:] == after[1:] and not socket.getdefaulttimeout()
+        for script in "vae.py", "ddpm.py", "compare.py":
+            sys.argv = [script, "-h"]
+            try:
+                runpy.run_path(script, run_name="__main__")
+            except SystemExit as end:
+                assert end.code == 0
+        raise common.InputError("no\\ndata")"""
+    ended = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True,
+                           env=os.environ | {"PYTHONIOENCODING": "ascii"})
+    assert (ended.returncode, ended.stderr.splitlines()) == (1, ["error: no data"])  # one line and a code
+    assert all(f"usage: {script}.py" in ended.stdout for script in ("vae", "ddpm", "compare"))
