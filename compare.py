@@ -442,7 +442,7 @@ def figure_reparameterization(model, x, labels, path, title):
     right.set_yticklabels(labels.tolist())
     for i, tick in enumerate(right.get_yticklabels()):
         tick.set_color(f"C{i}")
-    figure.supxlabel(r"the gradient flows from the decoded image into $z$ and on to $\mu(x)$ and $\sigma(x)$; "
+    figure.supxlabel(r"the gradient flows from the decoded image into $z$, on to $\mu(x)$ and $\sigma(x)$; "
                      r"$\epsilon$ enters from outside and needs none", fontsize=9)
     figure.savefig(path)
 
