@@ -497,7 +497,8 @@ def run(main):
         if WORLD > 1:
             dist.destroy_process_group()
     except KeyboardInterrupt:
-        print("\nstopped: --resume goes on from the last finished epoch, if there is one", file=sys.stderr)
+        print("\nstopped: --resume goes on from the last finished epoch (compare.py does so by itself)",
+              file=sys.stderr)
         sys.exit(130)
     except RuntimeError as error:
         if not any(words in str(error) for words in ("out of memory", "allocate memory")):  # GPU, CPU

@@ -472,7 +472,7 @@ def test_run_says_in_one_line_what_the_user_can_mend_and_leaves_bugs_alone(capsy
     with pytest.raises(SystemExit) as stop:
         fail(KeyboardInterrupt())()
     assert stop.value.code == 130 and capsys.readouterr().err.strip().splitlines() == [
-        "stopped: --resume goes on from the last finished epoch, if there is one"]
+        "stopped: --resume goes on from the last finished epoch (compare.py does so by itself)"]
 
 
 def test_import_changes_nothing_and_a_terminal_that_knows_no_greek_shows_the_help():
