@@ -410,7 +410,8 @@ class Eps(nn.Module):
         self.register_buffer("alpha_bar", alpha_bar, persistent=False)
 
     def forward(self, xt, t):
-        return at((1 - self.alpha_bar).sqrt(), t, xt) * xt + at(self.alpha_bar.sqrt(), t, xt) * self.net(xt, t)
+        v = self.net(xt, t)  # like xt
+        return at((1 - self.alpha_bar).sqrt(), t, xt) * xt + at(self.alpha_bar.sqrt(), t, xt) * v
 
 
 # Training.

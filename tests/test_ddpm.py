@@ -475,8 +475,8 @@ def test_bfloat16_agrees_with_float32():
 
 def flags(digits, out, *more):
     return [str(flag) for flag in (
-        "--data-dir", digits, "--out", out, "--limit", 300, "--epochs", 3, "--batch-size", 16, "--T", 8,
-        "--schedule", "cosine", "--device", "cpu", *more)]
+        "--data-dir", digits, "--out", out, "--limit", 300, "--epochs", 3, "--batch-size", 16, "--lr", 2e-3,
+        "--T", 8, "--schedule", "cosine", "--device", "cpu", *more)]
 
 
 def checkpoint(out):
