@@ -463,7 +463,6 @@ def train(args, device, watch=None):
 
     N, B = len(x_train), common.batch_size(args, x_train)
     steps, seconds = N // B, history[-1]["seconds"] if history else 0.0
-    forget = 20 / (20 + steps * args.epochs)  # ema averages over about the last twentieth of the run
     parameters = sum(p.numel() for p in model.parameters())
     common.say(f"DDPM, recipe {args.recipe} ({why}): {parameters:,} parameters on {device}, "
                f"{steps} steps an epoch")
@@ -474,7 +473,8 @@ def train(args, device, watch=None):
         order = torch.randperm(N, device=device)[:steps * B].view(steps, B)  # drops the last, smaller batch
         bar = tqdm(order, f"DDPM, epoch {epoch}/{args.epochs}", leave=False, disable=common.RANK > 0)
         for step, batch in enumerate(bar):  # Algorithm 1, line 1
-            done = (epoch - 1 + (step + 0.5) / steps) / args.epochs  # share of the whole run, 0 ... 1
+            before = (epoch - 1) * steps + step  # steps of the run before this one
+            done = (before + 0.5) / (steps * args.epochs)  # share of the whole run, 0 ... 1
             warm_up, decay = min(1, 50 * done), 0.5 * (1 + math.cos(math.pi * done))
             optimizer.param_groups[0]["lr"] = args.lr * warm_up * decay
 
@@ -490,7 +490,7 @@ def train(args, device, watch=None):
             common.average(p.grad for p in model.parameters())  # over the processes, if there are several
             optimizer.step()
             for mean, p in zip(ema.parameters(), model.parameters()):
-                mean.lerp_(p.detach(), forget)
+                mean.lerp_(p.detach(), 20 / (20 + before))  # over about the last twentieth of all so far
             total += loss.detach()
             common.show(bar, step, loss, args.epochs)
 

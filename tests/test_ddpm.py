@@ -593,7 +593,7 @@ def test_training_is_algorithm_1_with_a_decaying_rate_and_an_average(digits, tmp
             losses.append(loss.item())
             with torch.no_grad():
                 for mean, p in zip(average.parameters(), net.parameters()):
-                    mean.copy_(mean + 20 / (20 + total) * (p - mean))
+                    mean.copy_(mean + 20 / (20 + 27 * epoch + step) * (p - mean))
         assert history[epoch]["train_loss"] == pytest.approx(sum(losses) / 27, rel=1e-4)
     for part, expected in ("model", net.state_dict()), ("ema", average.state_dict()):
         for name, value in expected.items():
