@@ -99,8 +99,9 @@ def _read_set(name, root):
 @functools.lru_cache
 def _read_folder(folder, size, seed):
     """All pictures below folder as squares of size pixels, a tenth held out by the seed -> as load_data."""
-    known = (*datasets.folder.IMG_EXTENSIONS, ".gif")
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in known)
+    known, ours = (*datasets.folder.IMG_EXTENSIONS, ".gif"), ("vae_", "ddpm_")  # ours: an earlier run drew it
+    paths = sorted(path for path in folder.rglob("*")
+                   if path.suffix.lower() in known and not path.name.startswith(ours))
 
     def read(path):
         try:
@@ -273,6 +274,8 @@ def settle(args, path, **defaults):
     line contradicts the checkpoint, and where a new run would overwrite one.
     """
     saved = load(path, path.stem) if args.resume else None
+    if saved and not {"history", "model", "optimizer"} <= saved.keys():
+        raise InputError(f"{path} holds weights alone: draw from it by --sample, or choose another --out")
     if saved is None and path.exists():
         raise InputError(f"{path} holds an earlier run: go on with it by --resume, delete it, or choose "
                          "another --out")
@@ -296,7 +299,7 @@ def restore(saved, path, **parts):
             part.load_state_dict(saved[name])
         return saved["history"] if saved else []
     except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise InputError(f"{path} cannot be gone on with ({repr(error)[:80]}): choose another "
+        raise InputError(f"{path} cannot be resumed ({repr(error)[:80]}): choose another "
                          "--out") from None
 
 
@@ -500,8 +503,9 @@ def run(main):
         print("\nstopped: --resume goes on from the last finished epoch (compare.py does so by itself)",
               file=sys.stderr)
         sys.exit(130)
-    except RuntimeError as error:
-        if not any(words in str(error) for words in ("out of memory", "allocate memory")):  # GPU, CPU
+    except (RuntimeError, MemoryError) as error:
+        memory = isinstance(error, MemoryError) or "out of memory" in str(error)
+        if not memory and "allocate memory" not in str(error):
             raise
         raise InputError("out of memory: lower --batch-size if it was training, else --sample") from None
     except OSError as error:

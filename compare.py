@@ -2,7 +2,7 @@
 
 Writes into OUT: report.md (the verdicts, the tables and the figures, readable on its own), results.json (all
 numbers), the figures, and what vae.py and ddpm.py write.  A finished checkpoint in OUT is used as it is, an
-unfinished one is gone on with.  Beside the two, in OUT/vae20: a VAE with 20 latent numbers.
+unfinished one is resumed.  Beside the two, in OUT/vae20: a VAE with 20 latent numbers.
 
   python compare.py                                       everything, with the defaults of vae.py and ddpm.py
   python compare.py --recipe paper                        100 epochs of Ho's and the report's objective
@@ -274,8 +274,8 @@ def ddpm_bound(model, x_train, x_test, seed, device):
     """The DDPM's bound on x_test in bits/dim -> dict: each way to set the variances, each length of chain;
     and -ELBO of each image (N,) for the last way and, for each length, how much it is below that of one step.
 
-    The network is asked once for every image and t: its squared errors give the bound of every variance and
-    of every respaced chain (ddpm.DDPM.vlb_terms), all on the same draws.
+    The network is evaluated once for every image and t: its squared errors give the bound of every variance
+    and of every respaced chain (ddpm.DDPM.vlb_terms), all on the same draws.
     """
     x0_train, x0, few = to_model(x_train), to_model(x_test), to_model(x_train[:32])
     with common.fork_seed(seed, device), common.autocast(device):
@@ -430,9 +430,9 @@ def figure_reparameterization(model, x, labels, path, title):
              xlim=(-3.2, 3.2), ylim=(-3.2, 3.2))
     pale = {"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 1}  # or the dots hide the digit
     for i, label in enumerate(labels.tolist()):
-        middle.scatter(*z[i, :, :2].cpu().numpy().T, s=5, color=f"C{i}")
+        middle.scatter(*z[i, :, :2].cpu().numpy().T, s=5, color=f"C{label}")
         middle.annotate(str(label), mu[i, :2].tolist(), xytext=(9, 5), textcoords="offset points",
-                        color=f"C{i}", weight="bold", bbox=pale)
+                        color=f"C{label}", weight="bold", bbox=pale)
     middle.set(title=r"latent $z = \mu(x) + \sigma(x) \odot \epsilon$", xlabel="$z_1$", ylabel="$z_2$")
     rows = torch.cat([x[:, None], model.decode(z[:, :3])], dim=1)  # (N, 4, C, H, W): x, then three decoded z
     N, (_, H, W) = len(x), model.shape
@@ -440,8 +440,8 @@ def figure_reparameterization(model, x, labels, path, title):
     right.set(title="mean of $p(x|z)$", xticks=[W / 2, 2.5 * W],
               xticklabels=["$x$", r"decoded, 3 $\epsilon$"], yticks=[H * i + H / 2 for i in range(N)])
     right.set_yticklabels(labels.tolist())
-    for i, tick in enumerate(right.get_yticklabels()):
-        tick.set_color(f"C{i}")
+    for label, tick in zip(labels.tolist(), right.get_yticklabels()):
+        tick.set_color(f"C{label}")
     figure.supxlabel(r"the gradient flows from the decoded image into $z$, on to $\mu(x)$ and $\sigma(x)$; "
                      r"$\epsilon$ enters from outside and needs none", fontsize=9)
     figure.savefig(path)
@@ -466,11 +466,11 @@ def figure_reconstructions(model, classifier, x, labels, path, title):
     wrong = seen != labels
     picks = torch.stack([pick(wrong, 0.99), pick(wrong, 0.1), pick(~wrong, 0.1)])
     read = seen[picks].tolist()
-    names = [f"{name}\na {label}, read as\na {digit}" for name, label, digit in
+    names = [f"{name}\n{label}, read as {digit}" for name, label, digit in
              zip(("degenerate", "near miss", "faithful"), labels[picks].tolist(), read)]
     common.plot_rows({"test image": x[picks], "reconstruction": again[picks]}, path,
-                     f"{title}: reconstructions, misread at 99 and\n10 % of the error, read right at 10 %",
-                     names)
+                     f"{title}: reconstructions, misread (99th and\n10th percentile of the error), "
+                     "read right (10th)", names)
     return {"misread": wrong.double().mean().item(), "relative_error": error[picks].tolist(),
             "class": labels[picks].tolist(), "read_as": read}
 
@@ -512,28 +512,28 @@ def figure_bits(results, path):
 
 def figure_quality(results, path):
     """Fréchet distance beyond real images' own: against training time, and against sampling's evaluations."""
-    figure = Figure(figsize=(11, 4.4), dpi=130, layout="constrained")
-    left, right = figure.subplots(1, 2)
+    figure = Figure(figsize=(6.4, 8.4), dpi=130, layout="constrained")
+    upper, lower = figure.subplots(2, 1)
     floor, few = results["curve_floor"], results["few_steps"]
     for i, (label, curve) in zip((1, 0), results["curves"].items()):
         if curve:
             seconds, distances = zip(*curve)
-            left.plot(seconds, [each - floor for each in distances], marker="o", markersize=3, linewidth=1.2,
-                      color=f"C{i}", label=label)
-    left.set(xlabel="seconds of training", title=f"Time against quality, {results['name']}, n = {few['n']}")
+            upper.plot(seconds, [each - floor for each in distances], marker="o", markersize=3,
+                       linewidth=1.2, color=f"C{i}", label=label)
+    upper.set(xlabel="seconds of training", title=f"Time against quality, {results['name']}, n = {few['n']}")
     for i, (rule, distances) in enumerate(few["ddpm"].items()):
-        right.plot([int(K) for K in distances], [each - floor for each in distances.values()], marker="o",
+        lower.plot([int(K) for K in distances], [each - floor for each in distances.values()], marker="o",
                    markersize=4, color=f"C{i + 4}", label=f"DDPM, {rule}")
-    right.plot([1], [few["vae"] - floor], "s", color="C1", label="VAE")
-    right.set(xlabel="network evaluations per sample",
+    lower.plot([1], [few["vae"] - floor], "s", color="C1", label="VAE")
+    lower.set(xlabel="network evaluations per sample",
               title=f"Sampling's cost, {results['name']}, n = {few['n']}")
-    for axes in left, right:
+    for axes in upper, lower:
         axes.set(xscale="log", yscale="log", ylabel="Fréchet distance minus real images' own")
         axes.grid(alpha=0.3, which="both")
         axes.legend(fontsize=8)
     counts = sorted({1, *map(int, few["ddpm"]["ancestral"])})
-    right.set_xticks(counts, counts)
-    right.set_xticks([], minor=True)
+    lower.set_xticks(counts, counts)
+    lower.set_xticks([], minor=True)
     figure.savefig(path)
 
 
@@ -828,7 +828,7 @@ def settings_for(script, args, out, **own):
 
 
 def trained(script, given, device, watch=None):
-    """The model of script (vae or ddpm), trained, gone on with or loaded, and its pictures in given.out.
+    """The model of script (vae or ddpm), trained, resumed or loaded, and its pictures in given.out.
 
     The model's .training_run is what results.json tells of its training; curve: [[seconds, distance], ...].
     """

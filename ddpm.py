@@ -155,8 +155,8 @@ class DDPM(nn.Module):
     def v_from_x0(self, xt, t, x0):
         """v = √ᾱ_t ε - √(1-ᾱ_t) x_0, which is also (√ᾱ_t x_t - x_0) / √(1-ᾱ_t).
 
-        Its error is that of ε over √ᾱ_t: L_simple on v is Ho (14) with the weight 1/ᾱ_t, and so looks more to
-        the noisy steps, where ε is nearly x_t itself but the digit's shape is settled.  Salimans & Ho 2022, D
+        ‖v - v_θ‖² = ‖ε - ε_θ‖² / ᾱ_t = ‖x_0 - x̂_0‖² / (1-ᾱ_t): as a loss it is Ho (14) with more weight on
+        the noisy steps.  Salimans & Ho 2022, appendix D
         """
         return (at(self.alpha_bar.sqrt(), t, xt) * xt - x0) / at((1 - self.alpha_bar).sqrt(), t, xt)
 
@@ -178,7 +178,7 @@ class DDPM(nn.Module):
         """p(x_{t-1}|x_t) = N(mean, variance I): mean like xt, variance (B, 1, 1, 1).  Ho (1), report (42)
 
         The mean is q's with x̂_0 for x_0; for predict="eps" without clipping that is Ho (11), report (72)
-        x0_hat: of predict_x0, where it is at hand; else the network is asked.
+        x0_hat: of predict_x0, if already computed.
         """
         x0_hat = self.predict_x0(xt, t) if x0_hat is None else x0_hat
         mean, _ = self.q_posterior(x0_hat, xt, t)  # μ_θ: μ̃_t with x̂_0 for x_0   Ho (7) and (11)
@@ -253,8 +253,8 @@ class DDPM(nn.Module):
     def vlb_terms(self, x0, errors=None):
         """Every term of the bound, one Monte Carlo draw of each x_t: x0 (B, C, H, W) -> (B, T+1) in nats.
 
-        Column 0 is L_0, column t-1 is L_{t-1}, column T is L_T; their sum is >= -log P(x0) in the mean, and
-        bits/dim are nats / (C·H·W·ln 2).  x0 holds 8-bit levels.  errors: of x0_errors, where at hand.
+        Column 0 is L_0, column t-1 is L_{t-1}, column T is L_T; their sum is >= -log P(x0) in expectation;
+        bits/dim are nats / (C·H·W·ln 2).  x0 holds 8-bit levels.  errors: of x0_errors, if already computed.
         Ho (5), report (54) with L_0's sign as in Ho
         """
         errors = self.x0_errors(x0) if errors is None else errors
@@ -308,12 +308,12 @@ class DDPM(nn.Module):
             t = torch.full((len(xt),), s, device=xt.device)  # (B,)
             x0_hat = self.predict_x0(xt, t)
             yield s, xt, x0_hat
-            z = torch.randn_like(xt) if s > 1 else torch.zeros_like(xt)  # line 3
             if eta == 1:
                 mean, variance = self.p_mean_variance(xt, t, x0_hat)
             else:
                 mean, variance = self.ddim_mean_variance(xt, t, x0_hat, eta)
-            xt = mean + variance.sqrt() * z  # line 4
+            z = torch.randn_like(xt) if s > 1 else torch.zeros_like(xt)  # line 3
+            xt = mean + variance.sqrt() * z  # line 4, the mean by way of x̂_0
         yield 0, xt, xt
 
     def sample(self, n, steps=None, eta=1.0):
@@ -400,8 +400,8 @@ class UNet(nn.Module):
 class Eps(nn.Module):
     """ε_θ(x_t, t) = √(1-ᾱ_t) x_t + √ᾱ_t net(x_t, t), so that what is left to net is v (see v_from_x0).
 
-    Late in the chain ε is x_t to a thousandth, and x̂_0 divides the error by √ᾱ_t: a network that must learn
-    to copy x_t is there, for many epochs, further from x_0 than a guess that ignores x_t.
+    At large t, x_t is ε to within a hundredth, and x̂_0 divides the error of ε_θ by √ᾱ_t: a network that
+    first has to learn to copy x_t gives, for many epochs, a worse x̂_0 there than one that ignores x_t.
     """
 
     def __init__(self, net, alpha_bar):
@@ -450,7 +450,7 @@ def train(args, device, watch=None):
     settings, saved = common.settle(  # fills in args, too
         args, path, recipe=args.recipe or default, T=1000, schedule="linear", sigma="posterior",
         epochs=recipe["epochs"], batch_size=recipe["batch_size"], lr=recipe["lr"])
-    recipe = RECIPES[args.recipe]  # the checkpoint's, where one is gone on with
+    recipe = RECIPES[args.recipe]  # the checkpoint's, if one is resumed
     evaluations(args.steps, args.T, device)  # does --steps fit?  Before the long work
     x_train, _, x_test, _ = common.load_data(args, device)  # uint8 (N, C, H, W)
     settings["shape"] = list(x_train.shape[1:])

@@ -92,10 +92,10 @@ class VAE(nn.Module):
         x, logits = x.flatten(1), self.decoder(z).float()  # (B, D), (..., B, D)
         if self.likelihood == "bernoulli":
             return log_bernoulli(x, logits)
-        return log_normal(x, torch.sigmoid(logits), self.logvar_x)  # KW (12), report (26)
+        return log_normal(x, torch.sigmoid(logits), self.logvar_x)  # one σ² for all   KW (12), report (26)
 
     def elbo_terms(self, x, samples=1, eps=None):
-        """The two terms of the bound, with L = samples draws of z: estimator B, the training loss.
+        """The two terms of the bound, with L = samples draws of z: estimator B.
 
         x (B, C, H, W) -> reconstruction, kl, each (B,) in nats per image; ELBO = reconstruction - kl.
         The mean is over log-likelihoods, never over latents.  eps: the draws' noise
@@ -109,8 +109,8 @@ class VAE(nn.Module):
     def log_weights(self, x, samples=1):
         """log p(x, z) - log q(z|x) for z ~ q(z|x): x (B, C, H, W) -> (samples, B) in nats.
 
-        Its expectation is the ELBO, and its mean over the draws is estimator A, which draws the KL too: on
-        average it is B, but noisier; training uses B.  KW (2) and (6), report (8) and (20)
+        Its expectation is the ELBO.  Its mean over the draws is estimator A, in which the KL is a draw too:
+        it is noisier than B, with which we train.  KW (2) and (6), report (8) and (20)
         """
         mu, logvar = self.encode(x)
         mu, logvar = mu.expand(samples, -1, -1), logvar.expand(samples, -1, -1)

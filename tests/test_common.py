@@ -227,6 +227,12 @@ def test_a_folder_without_pictures_and_a_size_that_cannot_be_halved_twice(tmp_pa
     refused(lambda: pictures(tmp_path, good, size=18), "--size 18", "multiple of 4")
 
 
+def test_what_an_earlier_run_drew_below_a_folder_is_not_read_again(tmp_path):
+    files = {f"{i}.png": encoded(GRAY, "a.png") for i in range(3)}
+    drawn = {f"results/{name}": files["0.png"] for name in ("ddpm_epoch_001.png", "vae_samples.png")}
+    assert len(pictures(tmp_path, files | drawn)) == 3
+
+
 def test_a_tenth_is_held_out_by_the_seed(tmp_path):
     for i in range(30):
         Image.new("L", (4, 4), i).save(tmp_path / f"{i:02}.png")
@@ -313,7 +319,7 @@ def test_a_gif_has_every_frame_and_holds_the_last(tmp_path, C):
 
 SETTINGS = {"data": "mnist", "size": None, "limit": None, "seed": 0, "lr": 0.5, "epochs": 2}
 CHECKPOINT = {"kind": "vae", "settings": SETTINGS, "history": [{"epoch": 1, "loss": 3.0}],
-              "model": {"weight": torch.arange(1000.0)}}
+              "optimizer": {}, "model": {"weight": torch.arange(1000.0)}}
 
 
 def settle(path, resume=False, **flags):
@@ -464,6 +470,7 @@ def test_run_says_in_one_line_what_the_user_can_mend_and_leaves_bugs_alone(capsy
         return lambda: common.run(main)
     refused(fail(torch.OutOfMemoryError("CUDA out of memory.\nTried")), "out of memory", "--batch-size")
     refused(lambda: common.run(lambda: torch.empty(10**15)), "out of memory", "--batch-size")
+    refused(fail(MemoryError()), "out of memory", "--batch-size")
     refused(fail(OSError(errno.ENOSPC, "No space left on device")), "No space left")
     refused(fail(common.InputError("no data")), "no data")
     for bug in ZeroDivisionError(), RuntimeError("shapes cannot be multiplied"):

@@ -641,6 +641,24 @@ def test_a_batch_is_at_most_the_data_compiled_if_asked_and_watch_adds_to_a_row(
     assert checkpoint(tmp_path)["history"] == history
 
 
+# ---- weights alone
+
+def test_weights_alone_in_half_precision_draw_but_cannot_be_resumed(trained, digits, tmp_path, monkeypatch):
+    saved, path = checkpoint(trained[0]), tmp_path / "ddpm.pt"
+    half = {name: value.half() for name, value in saved["ema"].items()}
+    torch.save({"kind": "ddpm", "settings": saved["settings"], "ema": half}, path)
+    before = path.read_bytes()
+    ddpm.main(["--sample", "2", "--steps", "2", "--out", str(tmp_path), "--device", "cpu"])
+    assert (tmp_path / "ddpm_sample.png").exists()
+    for name, p in ddpm.load(path).named_parameters():
+        close(p.detach(), saved["ema"][name], rtol=1e-3, atol=1e-6)
+    monkeypatch.setattr(common, "load_data", lambda *_: pytest.fail("went on"))
+    for more, words in ("--resume", "weights alone"), ("--seed=0", "holds an earlier run"):
+        with pytest.raises(common.InputError, match=words) as error:
+            ddpm.main(flags(digits, tmp_path, more))
+        assert "\n" not in str(error.value) and path.read_bytes() == before
+
+
 # ---- stopped and gone on
 
 def same(out, other):

@@ -47,7 +47,7 @@ def program(out, data, patch):
             script.main(flags + ["--resume"])
     if several:
         torch.distributed.barrier()  # until rank 0 has drawn
-        vae.main(["--data-dir", data, "--out", f"{out}/none", "--batch-size", "33"])
+        vae.main(["--data-dir", data, "--out", f"{out}/none", "--device", "cpu", "--batch-size", "33"])
 
 
 @pytest.fixture(scope="module")

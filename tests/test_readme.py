@@ -99,7 +99,7 @@ def tags(name):
 
 def index():
     """{(text, number, function)} of the README's table."""
-    page = README.partition("\n## Which function computes which equation\n")[2].split("\n## ")[0]
+    page = README.partition("\n## Where each equation is used\n")[2].split("\n## ")[0]
     for line in page.splitlines():
         if line.startswith("| `"):
             _, function, *columns = line.split("|")

@@ -416,7 +416,7 @@ def test_an_earlier_or_a_foreign_run_is_neither_mixed_up_nor_overwritten(trained
     assert path.read_bytes() == (trained[0] / "vae.pt").read_bytes() and os.listdir(tmp_path) == ["vae.pt"]
     for change, more, words in (({"kind": "ddpm"}, "--resume", "holds a ddpm, not a vae"),
                                 ({"kind": "ddpm"}, "--sample=1", "holds a ddpm, not a vae"),
-                                ({"optimizer": {}}, "--resume", "cannot be gone on with"),
+                                ({"optimizer": {}}, "--resume", "cannot be resumed"),
                                 ({"model": {}}, "--sample=1", "is of another version")):
         torch.save(checkpoint(trained[0]) | change, path)
         before = path.read_bytes()
