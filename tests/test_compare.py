@@ -454,7 +454,8 @@ def small():
     with pytest.MonkeyPatch.context() as patch:
         parse = ddpm.parse
         patch.setattr(ddpm, "parse", lambda argv: Namespace(**vars(parse(argv)) | {"T": 10}))
-        patch.setitem(compare.SIZES, "cpu", {"bound": 16, "encoded": 20, "steps": (2, 5)})
+        patch.setitem(compare.SIZES, "cpu", {"bound": 16, "encoded": 20})
+        patch.setattr(compare, "STEPS", (2, 5))
         patch.setattr(compare, "MOST", 120)
         patch.setattr(compare, "CURVE", 60)
         yield
