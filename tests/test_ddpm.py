@@ -606,7 +606,7 @@ def test_training_is_algorithm_1_with_a_decaying_rate_and_an_average(digits, tmp
 
 
 @pytest.mark.parametrize("given, expected", [
-    ("", ("short", 4e-3, 15, 64, 1000, "linear", "posterior", "v", True, 0.3)),
+    ("", ("short", 4e-3, 13, 64, 1000, "linear", "posterior", "v", True, 0.3)),
     ("--recipe paper", ("paper", 1e-3, 100, 64, 1000, "linear", "posterior", "eps", False, 0.7)),
     ("--recipe paper --lr 0.5 --epochs 7 --batch-size 5 --T 30 --schedule cosine --sigma beta",
      ("paper", 0.5, 7, 5, 30, "cosine", "beta", "eps", False, 0.7))], ids=["CPU", "paper", "flags"])
@@ -667,9 +667,9 @@ def test_the_committed_weights_are_those_of_the_long_run(digits):
     assert [model.settings[name] for name in ("recipe", "epochs", "seed")] == ["paper", 100, 0]
     assert [autoencoder.settings[name] for name in ("latent_dim", "epochs", "seed")] == [2, 100, 0]
     _, _, x, _ = common.load_data(ddpm.parse(flags(digits, ".", "--data", "mnist")), CPU)  # 600 test digits
-    assert ddpm.evaluate(model, x, seed=0) < 0.025  # an untrained one has 1
+    assert ddpm.evaluate(model, x, seed=0) == pytest.approx(0.0211, rel=0.02)  # at epoch 20, 7 % more
     reconstruction, kl = autoencoder.elbo_terms(x / 255, samples=8)
-    assert (kl - reconstruction).mean() < 145  # nats; after one epoch it is 170
+    assert (kl - reconstruction).mean().item() == pytest.approx(138.9, rel=0.01)  # nats; at epoch 10, 146
 
 
 # ---- stopped and gone on
