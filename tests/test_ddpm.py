@@ -607,9 +607,9 @@ def test_training_is_algorithm_1_with_a_decaying_rate_and_an_average(digits, tmp
 
 @pytest.mark.parametrize("given, expected", [
     ("", ("short", 4e-3, 13, 64, 1000, "linear", "posterior", "v", True, 0.3)),
-    ("--recipe paper", ("paper", 1e-3, 100, 64, 1000, "linear", "posterior", "eps", False, 0.7)),
+    ("--recipe paper", ("paper", 1e-3, 100, 64, 1000, "linear", "posterior", "eps", False, 1.2)),
     ("--recipe paper --lr 0.5 --epochs 7 --batch-size 5 --T 30 --schedule cosine --sigma beta",
-     ("paper", 0.5, 7, 5, 30, "cosine", "beta", "eps", False, 0.7))], ids=["CPU", "paper", "flags"])
+     ("paper", 0.5, 7, 5, 30, "cosine", "beta", "eps", False, 1.2))], ids=["CPU", "paper", "flags"])
 def test_the_recipes_are_what_is_trained_and_flags_win(monkeypatch, digits, tmp_path, given, expected):
     drawn = []
 
