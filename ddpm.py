@@ -420,7 +420,7 @@ RECIPES = {
     # Ho's and the report's objective and chain; network, learning-rate decay and averaging are ours
     "paper": dict(predict="eps", focused=False, widths=(64, 128), epochs=100, batch_size=64, lr=1e-3),
     # the same for a few CPU minutes: v and focused t learn digits in fewer steps
-    "short": dict(predict="v", focused=True, widths=(32, 64), epochs=13, batch_size=64, lr=4e-3)}
+    "short": dict(predict="v", focused=True, widths=(32, 64), epochs=12, batch_size=64, lr=4e-3)}
 
 
 def build(settings):
@@ -592,7 +592,7 @@ def parse(argv):
     parser = common.arguments(__doc__)
     add, number = parser.add_argument, common.number
     add("--recipe", choices=list(RECIPES), help="paper: Ho's objective, 100 epochs; short: v and focused t, "
-        "13 epochs of a smaller network (default: paper where there is a GPU, short on a CPU)")
+        "12 epochs of a smaller network (default: paper where there is a GPU, short on a CPU)")
     add("--T", metavar="N", type=number(int, 2, 10000), help="steps of the chain (default: 1000)")
     add("--schedule", choices=["linear", "cosine"], help="of the noise (default: linear)")
     add("--sigma", choices=["beta", "posterior"], help="σ² of the reverse steps: β, or β̃, better in few "

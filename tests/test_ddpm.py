@@ -606,7 +606,7 @@ def test_training_is_algorithm_1_with_a_decaying_rate_and_an_average(digits, tmp
 
 
 @pytest.mark.parametrize("given, expected", [
-    ("", ("short", 4e-3, 13, 64, 1000, "linear", "posterior", "v", True, 0.3)),
+    ("", ("short", 4e-3, 12, 64, 1000, "linear", "posterior", "v", True, 0.3)),
     ("--recipe paper", ("paper", 1e-3, 100, 64, 1000, "linear", "posterior", "eps", False, 1.2)),
     ("--recipe paper --lr 0.5 --epochs 7 --batch-size 5 --T 30 --schedule cosine --sigma beta",
      ("paper", 0.5, 7, 5, 30, "cosine", "beta", "eps", False, 1.2))], ids=["CPU", "paper", "flags"])
