@@ -5,7 +5,7 @@ numbers), the figures, and what vae.py and ddpm.py write.  A finished checkpoint
 unfinished one is resumed.  Beside the two, in OUT/vae20: a VAE with 20 latent numbers.
 
   python compare.py                                       everything, with the defaults of vae.py and ddpm.py
-  python compare.py --recipe paper                        100 epochs of Ho's and the report's objective
+  python compare.py --recipe paper --epochs 100           Ho's and the report's objective and epochs
   python compare.py --limit 4000 --epochs 2 --out quick   a quick look
 """
 import argparse

@@ -71,8 +71,8 @@ def log_discretized_normal(x0, mean, sigma):
     """
     level, mean = ((x0.double() + 1) * 127.5).round(), mean.double()  # 0 ... 255; neighbours share their edge
     high, low = ((level + 0.5) / 127.5 - 1 - mean) / sigma, ((level - 0.5) / 127.5 - 1 - mean) / sigma
-    high = torch.where(level == 255, math.inf, high)  # δ_+(x_0)   Ho (13)
-    low = torch.where(level == 0, -math.inf, low)  # δ_-(x_0)   Ho (13)
+    high = torch.where(level == 255, math.inf, high)  # δ_+(1) = ∞   Ho (13)
+    low = torch.where(level == 0, -math.inf, low)  # δ_-(-1) = -∞   Ho (13)
     # Φ(high) - Φ(low) = Φ(-low) - Φ(-high): in the upper tail, where Φ is 1 to all digits, take the second
     high, low = torch.where(low > 0, -low, high), torch.where(low > 0, -high, low)
     # log(Φ(high) - Φ(low)) = log Φ(high) + log(1 - exp(log Φ(low) - log Φ(high)))
