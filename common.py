@@ -80,6 +80,8 @@ def _read_set(name, root):
             x = x[:, None] if x.dim() == 3 else x.permute(0, 3, 1, 2)  # (N, C, H, W)
             if len(x) != len(y) or len(x) < 1 or x.dtype != torch.uint8:
                 raise ValueError(f"{len(x)} images, {len(y)} labels")
+            if not 0 <= y.min() <= y.max() <= 9:
+                raise ValueError("a label that is none of 0 ... 9")
             data += [x.contiguous(), y]
     except Exception as error:  # no network, full disk, truncated file: torchvision has a type for each
         folder = Path(root) / ("cifar-10-batches-py" if name == "cifar10" else f"{SETS[name].__name__}/raw")
@@ -91,8 +93,8 @@ def _read_set(name, root):
                          "then run again") from None
     finally:
         socket.setdefaulttimeout(before)
-    if WORLD > 1 and not LOCAL_RANK:
-        dist.barrier()
+        if WORLD > 1 and not LOCAL_RANK:
+            dist.barrier()  # also where it failed: then the others find out, too
     return data
 
 
@@ -136,7 +138,7 @@ def _read_folder(folder, size, seed):
 
 def title(settings):
     """What a model was trained on and for how long, for titles."""
-    name = NAMES.get(settings["data"]) or Path(settings["data"]).resolve().name
+    name = NAMES.get(settings["data"]) or Path(settings["data"]).resolve().name.replace("$", r"\$")
     return f"{name}, {settings['epochs']} epoch{'s' * (settings['epochs'] > 1)}"
 
 

@@ -81,8 +81,12 @@ def test_unpacked_files_that_are_damaged_are_named_with_what_to_delete(tmp_path,
             (raw / file).write_bytes(content)
             refused(lambda: load_data("mnist", tmp_path), f"MNIST in {raw}", "delete what is not a .gz")
         (raw / file).write_bytes(whole)
-    (raw / "train-labels-idx1-ubyte").write_bytes((raw / "t10k-labels-idx1-ubyte").read_bytes())
+    labels = raw / "train-labels-idx1-ubyte"
+    whole = labels.read_bytes()
+    labels.write_bytes((raw / "t10k-labels-idx1-ubyte").read_bytes())
     refused(lambda: load_data("mnist", tmp_path), raw, "1100 images, 600 labels")
+    labels.write_bytes(whole[:-1] + bytes([200]))
+    refused(lambda: load_data("mnist", tmp_path), raw, "a label that is none of 0 ... 9")
 
 
 def test_without_a_network_missing_files_are_said_where_to_put(tmp_path, raw):
@@ -298,6 +302,12 @@ def test_axes_say_what_stands_where(tmp_path, monkeypatch):
     assert kind == 9 and [circle.radius for circle in axes.patches] == [1, 2] and axes.get_aspect() == 1
     common.plot_latent(mu, None, tmp_path, "")  # of a folder, which has no labels
     assert len(drawn.pop().collections) == 1
+
+
+def test_a_folder_of_any_name_can_stand_in_a_title(tmp_path):
+    title = common.title({"data": str(tmp_path / "p$x_$"), "epochs": 1})  # $...$ is mathtext to matplotlib
+    common.plot_grid(torch.rand(4, 1, 28, 28), tmp_path / "grid.png", title)
+    assert title == r"p\$x_\$, 1 epoch" and (tmp_path / "grid.png").exists()
 
 
 @pytest.mark.parametrize("C", [1, 3])

@@ -504,6 +504,9 @@ def test_the_report_is_written_from_results_json_alone(compared, results, tmp_pa
     assert all(claim in said and figure in named for claim, _, _, figure in claims)
     tested = dict(zip(compare.METRICS, samples[4][1:]))  # the test images are not held against themselves
     assert len(samples) == 6 and tested["frechet"] == tested["recall"] == tested["nearer"] == ""
+    results["vae"]["settings"]["latent_dim"] = 20  # as many as the other one has
+    rows = compare.sample_rows(results)
+    assert [row[0].split(", 1 epoch")[0] for row in rows[:3]] == ["VAE, 20-D", "DDPM", "VAE, 20-D"]
     results["vae"]["settings"]["latent_dim"] = 5  # there are no maps of it
     compare.write_report(results, tmp_path)
     assert "vae_latent.png" not in (tmp_path / "report.md").read_text(encoding="utf-8")
@@ -541,6 +544,17 @@ def copied(compared, tmp_path, monkeypatch):
         monkeypatch.setattr(script, "draw", lambda *_: [])
     monkeypatch.setattr(compare.Figure, "savefig", lambda *_, **__: None)
     return tmp_path
+
+
+def test_the_curves_end_with_the_last_epoch(tmp_path, digits, monkeypatch):
+    def trained(script, given, device, watch):
+        given.epochs = 12  # as train fills it in
+        assert [epoch for epoch in range(1, 13) if watch(None, epoch)] == [*range(1, 11), 12]
+        raise KeyboardInterrupt
+    monkeypatch.setattr(compare, "trained", trained)
+    monkeypatch.setattr(compare, "draw_samples", lambda model, n, device: torch.rand(n, 1, 28, 28))
+    with pytest.raises(KeyboardInterrupt):
+        compare.main(flags(tmp_path, digits))
 
 
 def test_a_second_comparison_trains_nothing_and_says_the_same(compared, results, copied, digits):

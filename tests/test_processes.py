@@ -105,6 +105,18 @@ def test_a_batch_that_the_processes_do_not_divide_is_one_clear_line(runs, monkey
         common.batch_size(vae.parse(["--batch-size", "64"]), range(30))  # fewer images than that
 
 
+def test_missing_data_are_said_by_each_process(tmp_path):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    flags = ["--data", "fashion", "--data-dir", str(tmp_path), "--out", str(tmp_path), "--device", "cpu"]
+    err = subprocess.run([*launcher, str(REPO / "vae.py"), *flags], text=True, timeout=200,
+                         stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=tmp_path,
+                         env=os.environ | {"OMP_NUM_THREADS": "1", "http_proxy": "http://127.0.0.1:9",
+                                           "https_proxy": "http://127.0.0.1:9"}).stderr
+    ours, _, _ = err.partition("torch/distributed/")[0].rpartition("\n")
+    assert "Traceback" not in ours and "Connection closed" not in err
+    assert err.count("error: FashionMNIST can be neither read nor downloaded") == 2
+
+
 def test_each_process_takes_its_own_gpu(monkeypatch):
     chosen = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
