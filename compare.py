@@ -520,7 +520,8 @@ def figure_quality(results, path):
             seconds, distances = zip(*curve)
             upper.plot(seconds, [each - floor for each in distances], marker="o", markersize=3,
                        linewidth=1.2, color=f"C{i}", label=label)
-    upper.set(xlabel="seconds of training", title=f"Time against quality, {results['name']}, n = {few['n']}")
+    upper.set(xlabel="seconds of training",
+              title=f"Time against quality, {results['name']}, n = {few['n']}, DDPM by 20 evaluations")
     for i, (rule, distances) in enumerate(few["ddpm"].items()):
         lower.plot([int(K) for K in distances], [each - floor for each in distances.values()], marker="o",
                    markersize=4, color=f"C{i + 4}", label=f"DDPM, {rule}")
