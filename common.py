@@ -1,7 +1,8 @@
-"""What the scripts share: the data, the plots, a checkpoint's save and load, and the command line.
+"""What the scripts share: data and plots; at the end, command line, device and checkpoint.
 
-Images are uint8 tensors (N, C, H, W) where they are stored, and floats in [0, 1] where they are drawn.
+Images are uint8 (N, C, H, W) where they are stored, floats in [0, 1] where they are drawn.
 """
+
 import argparse
 import contextlib
 import functools
@@ -12,158 +13,142 @@ import socket
 import sys
 import tempfile
 import zipfile
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from matplotlib.figure import Figure  # used without pyplot: no window, no global state
+from matplotlib.figure import Figure  # without pyplot: no window, no global state
 from matplotlib.patches import Circle
 from matplotlib.ticker import MaxNLocator
 from PIL import Image, ImageOps
+from torch.nn.parallel import DistributedDataParallel
 from torchvision import datasets
+from torchvision.utils import make_grid
 from tqdm import tqdm
 
 # torchrun starts several processes: which one is this, on its machine, of how many
-RANK, LOCAL_RANK, WORLD = (int(os.environ.get(name, alone))
-                           for name, alone in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
-MINE = slice(RANK, None, WORLD)  # this process's images of a batch
+RANK = int(os.environ.get("RANK", 0))
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
+WORLD = int(os.environ.get("WORLD_SIZE", 1))
 
 
-class InputError(SystemExit):
-    """Something the user can mend.  The message is one line: what is wrong, and what to do."""
-
-    def __init__(self, message):
-        super().__init__("error: " + " ".join(str(message).split()))
+class InputError(Exception):
+    """Something the user can mend: what is wrong, and what to do."""
 
 
 # ---- data
 
-SETS = {"mnist": datasets.MNIST, "fashion": datasets.FashionMNIST, "kmnist": datasets.KMNIST,
-        "cifar10": datasets.CIFAR10}
-NAMES = {"mnist": "MNIST", "fashion": "FashionMNIST", "kmnist": "KMNIST", "cifar10": "CIFAR-10"}  # in titles
+SETS = {"mnist": datasets.MNIST, "fashion": datasets.FashionMNIST, "kmnist": datasets.KMNIST}
 DATA_DIR = Path(__file__).resolve().parent / "data"  # MNIST comes with the repository
 
 
 def load_data(args, device):
     """The data of --data, on device -> x_train, y_train, x_test, y_test.
 
-    x (N, C, H, W) uint8 in 0 ... 255; y (N,) int64, the labels, None for a folder of pictures.  Training data
-    are the first args.limit.  Raises InputError where there are none, or damaged ones.
+    x (N, C, H, W) uint8; y (N,) int64, labels, None for a folder of pictures.  x_train has the
+    first args.limit.  Raises InputError where there are none, or damaged ones.
     """
     if args.data in SETS:
-        if args.size:
-            raise InputError(f"--size is for a folder of pictures, and --data {args.data} has its own")
         data = _read_set(args.data, args.data_dir)
     elif Path(args.data).is_dir():
-        if (args.size or 32) % 4:
-            raise InputError(f"--size {args.size} is not a multiple of 4: choose one that is")
-        data = _read_folder(Path(args.data), args.size or 32, args.seed)
+        data = _read_folder(Path(args.data), args.size, args.seed)
     else:
-        raise InputError(f"no data called {args.data}, and no folder: choose {', '.join(SETS)} or a folder")
-    x_train, y_train, x_test, y_test = (part if part is None else part.to(device) for part in data)
-    return x_train[:args.limit], y_train if y_train is None else y_train[:args.limit], x_test, y_test
+        raise InputError(f"no --data {args.data}: choose {', '.join(SETS)} or a folder")
+    x_train, y_train, x_test, y_test = data
+    x_train = x_train[: args.limit].to(device)
+    if y_train is not None:
+        y_train = y_train[: args.limit].to(device)
+        y_test = y_test.to(device)
+    return x_train, y_train, x_test.to(device), y_test
 
 
 @functools.lru_cache
 def _read_set(name, root):
-    if WORLD > 1 and LOCAL_RANK:
-        dist.barrier()  # one process of a machine unpacks the files before the others read them
-    data, before = [], socket.getdefaulttimeout()
-    socket.setdefaulttimeout(20)  # seconds for each answer: a dead network is an error, not a wait
+    if LOCAL_RANK > 0:
+        dist.barrier()  # one process of a machine unpacks the files before others read them
+    data = []
+    socket.setdefaulttimeout(20)  # seconds: a dead network is an error, not a wait
     try:
         for train in True, False:
             with contextlib.redirect_stdout(io.StringIO()):  # of a download's progress
                 part = SETS[name](root, train=train, download=True)
-            x, y = torch.as_tensor(part.data), torch.as_tensor(part.targets)
-            x = x[:, None] if x.dim() == 3 else x.permute(0, 3, 1, 2)  # (N, C, H, W)
-            if len(x) != len(y) or len(x) < 1 or x.dtype != torch.uint8:
-                raise ValueError(f"{len(x)} images, {len(y)} labels")
-            if not 0 <= y.min() <= y.max() <= 9:
-                raise ValueError("a label that is none of 0 ... 9")
-            data += [x.contiguous(), y]
-    except Exception as error:  # no network, full disk, truncated file: torchvision has a type for each
-        folder = Path(root) / ("cifar-10-batches-py" if name == "cifar10" else f"{SETS[name].__name__}/raw")
-        reason = (str(error).strip() or repr(error)).splitlines()[0].rstrip(": ")
-        if isinstance(error, OSError) or reason.startswith("Error downloading") or not folder.is_dir():
-            raise InputError(f"{NAMES[name]} can be neither read nor downloaded ({reason}): put its original "
-                             f"files into {folder}, or say with --data-dir where they are") from None
-        raise InputError(f"{NAMES[name]} in {folder} is damaged ({reason}): delete what is not a .gz there, "
-                         "then run again") from None
+            assert len(part.data) == len(part.targets), "labels of other images"
+            data += [part.data[:, None], part.targets]  # (N, 1, H, W), (N,)
+    except Exception as error:  # no network, full disk, cut file: torchvision has many types
+        folder = Path(root) / SETS[name].__name__ / "raw"
+        raise InputError(
+            f"cannot read or download {name} ({error}): put its original files, and no others, "
+            f"into {folder}"
+        ) from None
     finally:
-        socket.setdefaulttimeout(before)
-        if WORLD > 1 and not LOCAL_RANK:
-            dist.barrier()  # also where it failed: then the others find out, too
+        socket.setdefaulttimeout(None)
+        if WORLD > 1 and LOCAL_RANK == 0:
+            dist.barrier()
     return data
+
+
+def _read_picture(path, size):
+    """The picture's middle square, (size, size, 3) uint8, or what keeps it from being read."""
+    try:
+        with Image.open(path) as picture:
+            picture.draft("RGB", (2 * size, 2 * size))  # a large JPEG need not be decoded whole
+            picture = ImageOps.exif_transpose(picture)
+            if picture.mode.startswith("I"):  # 16 bits, which convert would cut off at 255
+                picture = Image.fromarray((np.asarray(picture) / 257).astype(np.uint8))
+            if picture.has_transparency_data:
+                picture = picture.convert("RGBA")
+                white = Image.new("RGBA", picture.size, "white")
+                picture = Image.alpha_composite(white, picture)
+            return np.asarray(ImageOps.fit(picture.convert("RGB"), (size, size)))
+    except Exception as error:  # Pillow's plugins raise what they like
+        return repr(error)
 
 
 @functools.lru_cache
 def _read_folder(folder, size, seed):
-    """All pictures below folder as squares of size pixels, a tenth held out by the seed -> as load_data."""
-    known, ours = (*datasets.folder.IMG_EXTENSIONS, ".gif"), ("vae_", "ddpm_")  # ours: an earlier run drew it
-    paths = sorted(path for path in folder.rglob("*")
-                   if path.suffix.lower() in known and not path.name.startswith(ours))
-
-    def read(path):
-        try:
-            with Image.open(path) as picture:
-                picture.draft("RGB", (2 * size, 2 * size))  # a large JPEG need not be decoded whole
-                picture = ImageOps.exif_transpose(picture)
-                gray = picture.mode in ("1", "L", "LA") or picture.mode.startswith("I")
-                if picture.mode.startswith("I"):  # 16 bits, which convert would cut off at 255
-                    picture = Image.fromarray((np.asarray(picture) / 257).astype(np.uint8))
-                if picture.has_transparency_data:  # on white
-                    picture = picture.convert("RGBA")
-                    picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-                return gray, np.asarray(ImageOps.fit(picture.convert("RGB"), (size, size)))
-        except Exception as error:  # Pillow's plugins raise what they like
-            return str(error) or repr(error)
-
-    with ThreadPoolExecutor(8) as pool:
-        found = list(tqdm(pool.map(read, paths), "reading", len(paths), unit="picture", disable=RANK > 0))
-    good = [each for each in found if not isinstance(each, str)]
-    bad = [f"{path} ({each})" for path, each in zip(paths, found) if isinstance(each, str)]
+    """All pictures below folder, a tenth held out -> as load_data."""
+    known = (*datasets.folder.IMG_EXTENSIONS, ".gif")
+    paths = [path for path in sorted(folder.rglob("*")) if path.suffix.lower() in known]
+    found = [_read_picture(path, size) for path in tqdm(paths, "reading", disable=RANK > 0)]
+    good = [pixels for pixels in found if not isinstance(pixels, str)]
+    bad = [f"{p} ({why})" for p, why in zip(paths, found, strict=True) if isinstance(why, str)]
     if bad:
-        say(f"skipped {len(bad)} of {len(paths)} pictures that cannot be read: {', '.join(bad[:3])}")
+        log(f"skipped {len(bad)} of {len(paths)}, unreadable: {', '.join(bad[:3])}")
     if len(good) < 2:
-        raise InputError(f"{len(good)} pictures below {folder} can be read: at least 2 are needed, better "
-                         "thousands, one for training and one for testing")
-    x = torch.from_numpy(np.stack([pixels for _, pixels in good])).permute(0, 3, 1, 2)
-    x = x[:, :1] if all(gray for gray, _ in good) else x
+        raise InputError(f"{len(good)} pictures can be read below {folder}: 2 are the least")
+    x = torch.from_numpy(np.stack(good)).permute(0, 3, 1, 2)
+    if (x == x[:, :1]).all():
+        x = x[:, :1]  # all are gray
     x = x[torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))].contiguous()
     held_out = math.ceil(len(x) / 10)
     return x[held_out:], None, x[:held_out], None
 
 
 def title(settings):
-    """What a model was trained on and for how long, for titles."""
-    name = NAMES.get(settings["data"]) or Path(settings["data"]).resolve().name.replace("$", r"\$")
-    return f"{name}, {settings['epochs']} epoch{'s' * (settings['epochs'] > 1)}"
+    """What a model was trained on, and for how long."""
+    name = Path(settings["data"]).resolve().name.replace("$", r"\$")  # no formula
+    if settings["data"] in SETS:
+        name = SETS[settings["data"]].__name__
+    return f"{name}, {settings['epochs']} epochs"
 
 
-# ---- plots
-
-def mosaic(x, columns, gap):
-    """(N, C, H, W) in [0, 1], C = 1 or 3 -> (height, width, 3): row by row, `gap` white pixels between."""
-    x = x.detach().cpu().float().clamp(0, 1).expand(-1, 3, -1, -1)
-    N, C, H, W = x.shape
-    rows = math.ceil(N / columns)
-    cells = torch.ones(rows * columns, C, H + gap, W + gap)
-    cells[:N, :, :H, :W] = x
-    pixels = cells.view(rows, columns, C, H + gap, W + gap).permute(0, 3, 1, 4, 2)
-    pixels = pixels.reshape(rows * (H + gap), columns * (W + gap), C)
-    return pixels[:rows * (H + gap) - gap, :columns * (W + gap) - gap].numpy()
+# ---- plots: x are images (N, C, H, W) in [0, 1]
 
 
-def _picture(pixels, title):
-    """A figure of (height, width, 3) pixels, each enlarged by a whole number, and nothing else yet."""
+def _picture(x, columns, title, gap=2, top=(), left=()):
+    """A figure of the images, row by row, with labels above and left -> figure, axes."""
+    pixels = make_grid(x.detach().cpu().float().clamp(0, 1), columns, gap, pad_value=1)
+    pixels = pixels.permute(1, 2, 0).numpy()  # (height, width, 3)
     height, width, _ = pixels.shape
-    zoom = max(1, min(4, 1200 // width, 60000 // height))  # 65535 pixels are the most that matplotlib draws
+    zoom = max(1, min(4, 1200 // width, 60000 // height))  # matplotlib's limit: 65535
     figure = Figure(figsize=(width * zoom / 130, height * zoom / 130), dpi=130)
-    axes = figure.add_axes((0, 0, 1, 1))  # the title and the labels lie outside: _save makes room for them
+    axes = figure.add_axes((0, 0, 1, 1))  # title and labels lie outside: _save makes room
     axes.imshow(pixels, interpolation="nearest")
-    axes.set(title=title, xticks=[], yticks=[])
+    axes.set_title(title)
+    H, W = x.shape[2:]
+    axes.set_xticks([gap + i * (W + gap) + W / 2 for i in range(len(top))], top)
+    axes.set_yticks([gap + i * (H + gap) + H / 2 for i in range(len(left))], left)
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0, top=True, labeltop=True, bottom=False, labelbottom=False)
     return figure, axes
@@ -174,31 +159,25 @@ def _save(figure, path):
 
 
 def plot_grid(x, path, title, columns=10):
-    """Images (N, C, H, W) in [0, 1], row by row."""
-    figure, _ = _picture(mosaic(x, min(columns, len(x)), gap=2), title)
+    """The images, row by row."""
+    figure, _ = _picture(x, min(columns, len(x)), title)
     _save(figure, path)
 
 
-def plot_rows(rows, path, title, columns=None):
-    """One row of images for each item of `rows`, {label: x (N, C, H, W) in [0, 1]}, all of the same shape.
-
-    `columns` are N labels for the top.
-    """
-    x = torch.stack([row.detach().cpu().float() for row in rows.values()])
-    _, N, _, H, W = x.shape
-    figure, axes = _picture(mosaic(x.flatten(0, 1), N, gap=2), title)
-    axes.set_yticks([i * (H + 2) + H / 2 for i in range(len(rows))], rows.keys())
-    if columns:
-        axes.set_xticks([i * (W + 2) + W / 2 for i in range(N)], columns)
+def plot_rows(rows, path, title, columns=()):
+    """One row of images for each of rows, {label: x}; `columns` are labels on top."""
+    x = torch.cat([row.detach().cpu().float() for row in rows.values()])
+    figure, _ = _picture(x, len(x) // len(rows), title, top=columns, left=list(rows))
     _save(figure, path)
 
 
-def plot_curves(epochs, curves, path, title, ylabel):
-    """One line over the epochs for each item of `curves`, {label: values}."""
+def plot_curves(history, curves, path, title, ylabel):
+    """One line over the epochs for each of curves, {label: key of a row of history}."""
     figure = Figure(figsize=(6, 4), dpi=130, layout="constrained")
     axes = figure.subplots()
-    for label, values in curves.items():
-        axes.plot(epochs, values, marker=".", markersize=4, linewidth=1.2, label=label)
+    epochs = [row["epoch"] for row in history]
+    for label, key in curves.items():
+        axes.plot(epochs, [row[key] for row in history], marker=".", label=label)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set(title=title, xlabel="epoch", ylabel=ylabel)
     axes.grid(alpha=0.3)
@@ -207,308 +186,264 @@ def plot_curves(epochs, curves, path, title, ylabel):
 
 
 def plot_latent(mu, labels, path, title):
-    """Points mu (N, 2), coloured by labels (N,) in 0...9, or None, over one and two sigma of N(0, I)."""
-    mu = mu.detach().cpu().float()
+    """Points mu (N, 2), coloured by labels (N,) or None, over 1 and 2 sigma of N(0, I)."""
     labels = torch.zeros(len(mu)) if labels is None else labels.cpu()
     figure = Figure(figsize=(6, 5.5), dpi=130, layout="constrained")
     axes = figure.subplots()
-    kinds = labels.unique().int().tolist()
-    for kind in kinds:
-        points = mu[labels == kind].numpy()
-        axes.scatter(*points.T, s=3, alpha=0.6, linewidth=0, color=f"C{kind}", label=kind)
+    for label in labels.unique().int().tolist():
+        points = mu.detach().cpu()[labels == label].numpy()
+        axes.scatter(*points.T, s=3, alpha=0.6, linewidth=0, color=f"C{label}", label=label)
     for radius in 1, 2:
-        axes.add_patch(Circle((0, 0), radius, fill=False, color="black", alpha=0.4, linewidth=0.8))
+        axes.add_patch(Circle((0, 0), radius, fill=False, alpha=0.4))
     axes.set(title=title, xlabel="$z_1$", ylabel="$z_2$", aspect="equal")
-    if len(kinds) > 1:
-        axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), markerscale=4, frameon=False)
-    _save(figure, path)
-
-
-def equal_mass_grid(n):
-    """z (n², 2): an n x n grid that cuts the prior N(0, I) into cells of equal mass -> float32.
-
-    Along each axis Φ⁻¹((i + ½) / n), i = 0...n-1   (Kingma & Welling 2014, figure 4). In the order of a
-    picture's rows: the first point has the smallest z_1 and the largest z_2.
-    """
-    quantiles = torch.special.ndtri((torch.arange(n, dtype=torch.float64) + 0.5) / n).float()
-    z_2, z_1 = torch.meshgrid(quantiles.flip(0), quantiles, indexing="ij")
-    return torch.stack([z_1, z_2], dim=-1).view(n * n, 2)
-
-
-def plot_manifold(x, path, title):
-    """The images x (n², C, H, W) in [0, 1] that equal_mass_grid(n) decodes to, as one seamless picture."""
-    n = math.isqrt(len(x))
-    H, W = x.shape[-2:]
-    figure, axes = _picture(mosaic(x, n, gap=0), title)
-    ticks = np.unique(np.linspace(0, n - 1, 7).round().astype(int))
-    quantiles = [f"{q:.2f}" for q in equal_mass_grid(n)[:n, 0][ticks]]
-    axes.set_xticks(ticks * W + W / 2, quantiles)
-    axes.set_yticks((n - 1 - ticks) * H + H / 2, quantiles)
-    axes.tick_params(labeltop=False, labelbottom=True)
-    axes.set(xlabel="$z_1$", ylabel="$z_2$")
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), markerscale=4, frameon=False)
     _save(figure, path)
 
 
 def save_gif(panels, path, title, labels):
-    """Panels side by side that change together: {label: x (F, C, H, W) in [0, 1]}, and a label per frame."""
-    x = torch.stack([panel.detach().cpu().float() for panel in panels.values()], dim=1)
-    W, pictures = x.shape[-1], []
-    figure, axes = _picture(mosaic(x[0], len(panels), gap=2), title)
-    axes.set_xticks([i * (W + 2) + W / 2 for i in range(len(panels))], panels.keys())
-    axes.set_xlabel(max(labels, key=len))
-    frame = figure.get_tightbbox().padded(0.1)  # inches, the same for all: with the longest label
-    for images, label in zip(x, labels):
-        axes.images[0].set_data(mosaic(images, len(panels), gap=2))
+    """Panels side by side that change together: {label: x (F, C, H, W)}, a label a frame."""
+    pictures = []
+    for images, label in zip(zip(*panels.values(), strict=True), labels, strict=True):
+        figure, axes = _picture(torch.stack(images), len(panels), title, top=list(panels))
         axes.set_xlabel(label)
+        if not pictures:
+            frame = figure.get_tightbbox().padded(0.1)  # inches, the same for all
         file = io.BytesIO()
         figure.savefig(file, bbox_inches=frame)
-        pictures.append(Image.open(file).convert("L" if x.shape[2] == 1 else "RGB"))
-    durations = [100] * (len(pictures) - 1) + [2000]  # ms; the last one is there to be looked at
+        pictures.append(Image.open(file).convert("L" if len(images[0]) == 1 else "RGB"))
+    durations = [100] * (len(pictures) - 1) + [2000]  # ms, the last one to be looked at
     pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=durations, loop=0)
 
 
-# ---- a run's settings and its checkpoint
-
-def settle(args, path, **defaults):
-    """Fills in what args leave open -> the settings as a dict, and the checkpoint to go on from or None.
-
-    With --resume by the settings of the checkpoint, else by defaults.  Raises InputError where the command
-    line contradicts the checkpoint, and where a new run would overwrite one.
-    """
-    saved = load(path, path.stem) if args.resume else None
-    if saved and not {"history", "model", "optimizer"} <= saved.keys():
-        raise InputError(f"{path} holds weights alone: draw from it by --sample, or choose another --out")
-    if saved is None and path.exists():
-        raise InputError(f"{path} holds an earlier run: go on with it by --resume, delete it, or choose "
-                         "another --out")
-    settings = dict(data="mnist", size=None, limit=None, seed=0) | defaults
-    for name in settings:
-        given = getattr(args, name)
-        if saved and name not in saved["settings"]:
-            raise InputError(f"{path} is of another version of this code: delete it, or choose another --out")
-        if saved and given not in (None, saved["settings"][name]):
-            raise InputError(f"{path} was made with {name} {saved['settings'][name]}, not {given}: leave the "
-                             "flag out, or choose another --out")
-        settings[name] = saved["settings"][name] if saved else settings[name] if given is None else given
-        setattr(args, name, settings[name])
-    return settings, saved
+# ---- what functions are given
 
 
-def restore(saved, path, **parts):
-    """Loads model, optimizer and the like from a checkpoint of settle -> its history; [] for None."""
+def check_choice(name, value, choices):
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
+
+
+def check_range(name, value, low, high=math.inf):
+    if not low <= value <= high:  # true for nan
+        raise ValueError(f"{name} must be from {low} to {high}, not {value}")
+
+
+def in_own_dtype(module, x):
+    """module(x), whatever the precision of its weights; the output has float32's, or more."""
+    dtype = next(module.parameters(), x).dtype
+    return module(x.to(dtype)).to(torch.promote_types(dtype, torch.float32))
+
+
+# ---- devices, processes, random numbers
+
+
+def pick_device(name):
+    """auto, cpu, cuda or cuda:N -> torch.device.  Raises InputError if there is none."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda":
+        name = f"cuda:{LOCAL_RANK}"  # each process of torchrun takes a GPU of its own
     try:
-        for name, part in parts.items() if saved else ():
-            part.load_state_dict(saved[name])
-        return saved["history"] if saved else []
-    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise InputError(f"{path} cannot be resumed ({repr(error)[:80]}): choose another "
-                         "--out") from None
+        return torch.zeros(1).to(name).device
+    except Exception as error:  # each kind of device has its own
+        raise InputError(f"no --device {name} ({error!r:.80}): choose cpu or auto") from None
 
 
-def save(path, **content):
-    """Saves a checkpoint whole or not at all: `path` is replaced in one step, by one process of several.
+def start(args):
+    """Before any work: the folder OUT, the device and the processes -> the device."""
+    try:
+        Path(args.out).mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=args.out).close()  # a read-only disk shows only now
+    except OSError as error:
+        raise InputError(f"cannot write ({error}): choose another --out") from None
+    device = pick_device(args.device)
+    torch.set_flush_denormal(True)  # Adam's averages of dead units slow a CPU 100 times
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if WORLD > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return device
 
-    content: kind, settings, history and state dicts, of which "model" is one.  Raises InputError where the
-    disk is full, and where the last epoch ended with a loss or with weights that are not finite.
+
+def wrap(model, args):
+    """The model, whose forward then shares gradients with torchrun's processes, or is compiled."""
+    if WORLD > 1:
+        model = DistributedDataParallel(model)
+    return torch.compile(model, mode="reduce-overhead") if args.compile else model
+
+
+def share(order):
+    """Batches of image numbers (steps, B) -> this process's part of each (steps, B / WORLD).
+
+    From here on each process draws its own random numbers.
     """
-    row, unfinished = content["history"][-1], path.with_suffix(".tmp")
-    if not all(map(math.isfinite, row.values())) or not all(
-            weight.isfinite().all() for weight in content["model"].values()):
-        kept = f"{path} keeps epoch {row['epoch'] - 1}" if row["epoch"] > 1 else "nothing is saved"
-        raise InputError(f"loss or weights are not finite in epoch {row['epoch']} with --lr "
-                         f"{content['settings']['lr']}: lower it; {kept}")
+    if order.shape[1] % WORLD:
+        raise InputError(f"{WORLD} processes cannot share {order.shape[1]} images: --batch-size")
     if RANK > 0:
-        return
-    try:
-        torch.save(content, unfinished)
-        os.replace(unfinished, path)
-    except (OSError, RuntimeError) as error:  # torch has a RuntimeError for a full disk
-        raise InputError(f"cannot save {path} ({error}); what was there before is as it was") from None
-    finally:
-        unfinished.unlink(missing_ok=True)
+        torch.manual_seed(torch.initial_seed() + 10**12 * RANK)
+    return order[:, RANK::WORLD]
 
-
-def load(path, kind):
-    """The checkpoint of `save`, on the CPU -> dict.  Runs no code that a file might carry.
-
-    Raises InputError for a file that is missing, damaged or foreign, or whose "kind" is not `kind`.
-    """
-    try:
-        if zipfile.ZipFile(path).testzip():  # a wrong checksum, at which torch does not look
-            raise zipfile.BadZipFile
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        found, _ = checkpoint["kind"], checkpoint["settings"].items()
-    except FileNotFoundError:
-        raise InputError(f"no checkpoint {path}: train first, or say with --out where it is") from None
-    except Exception as error:  # damage shows as almost any type: UnpicklingError, RuntimeError, EOFError
-        raise InputError(f"{path} is damaged or no checkpoint of these scripts ({type(error).__name__}): "
-                         "delete it and train anew, or choose another --out") from None
-    if found != kind:
-        raise InputError(f"{path} holds a {found}, not a {kind}: choose another --out")
-    return checkpoint
-
-
-def load_model(path, kind, part, device, build):
-    """build(settings) with the weights of a checkpoint's `part`, in eval mode, with .settings and .title."""
-    saved = load(path, kind)
-    try:
-        model = build(saved["settings"])
-        model.load_state_dict(saved[part])
-        model.title = title(saved["settings"])
-    except (AttributeError, KeyError, TypeError, RuntimeError, ValueError) as error:
-        raise InputError(f"{path} is of another version of this code ({repr(error)[:60]}): train "
-                         "anew") from None
-    model.settings = saved["settings"]
-    return model.eval().requires_grad_(False).to(device)
-
-
-def batch_size(args, x):
-    """args.batch_size, or the number of images where there are fewer.  The processes must divide it."""
-    size = min(args.batch_size, len(x))
-    if size % WORLD:
-        raise InputError(f"--batch-size {size} is no multiple of the {WORLD} processes: choose one that is")
-    return size
-
-
-# ---- what is said while it trains
-
-def say(line):
-    """Prints a line, or a dict of numbers, beside the progress bar, in one process of several."""
-    if isinstance(line, dict):
-        line = "  ".join(f"{name} {value:.5g}" if isinstance(value, float) else f"{name} {value}"
-                         for name, value in line.items())
-    if RANK == 0:
-        tqdm.write(line)
-
-
-def show(bar, step, loss, epochs):
-    """Every 50 steps, beside an epoch's bar: the loss, and how long the run and the report's would take."""
-    if step % 50 == 49:
-        loss = loss.item()  # the only wait for a GPU
-        minutes = bar.format_dict["elapsed"] / (step + 1) * bar.total / 60  # of an epoch
-        lasts = {f"{n} epochs": f"{n * minutes:.1f} min" for n in (epochs, 100)}
-        bar.set_postfix({"loss": f"{loss:.4g}"} | lasts)
-
-
-# ---- numbers, devices, processes
 
 @contextlib.contextmanager
 def fork_seed(seed, device):
-    """Random numbers of its own inside, from `seed`; outside they go on as if nothing had been drawn."""
+    """Random numbers from this seed inside; outside they go on as if none had been drawn."""
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         yield
 
 
 def has_bfloat16(device):
-    """Whether the hardware multiplies in bfloat16: GPUs since 2020, CPUs with AVX512-BF16 or AMX."""
+    """Whether the hardware has bfloat16."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def autocast(device):
-    """Inside, matrix products and convolutions are in bfloat16 where that is fast, else in float32."""
+    """Inside, matrix products and convolutions are in bfloat16 where that is fast."""
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=has_bfloat16(device))
 
 
-def average(tensors):
-    """Replaces each tensor by its mean over the processes."""
-    if WORLD > 1:
-        for tensor in tensors:
-            dist.all_reduce(tensor)  # the sum: gloo has no mean
-            tensor /= WORLD
+def log(line):
+    """Prints a line, or a dict, above the progress bar, in the first process."""
+    if isinstance(line, dict):
+        values = {k: f"{v:.5g}" if isinstance(v, float) else v for k, v in line.items()}
+        line = "  ".join(f"{name} {value}" for name, value in values.items())
+    if RANK == 0:
+        tqdm.write(line)
 
 
-def pick_device(name):
-    """"auto", "cpu", "cuda" or "cuda:N" -> torch.device, this process's own under torchrun, which then joins.
+# ---- the same command goes on: a run's settings and its checkpoint
 
-    Raises InputError where there is no such device.
+DEFAULTS = {"data": "mnist", "size": 32, "limit": None, "seed": 0}  # of all scripts
+VERSION = ", edition 3"  # of a checkpoint: changes when older ones would not fit
+
+
+def open_run(args, path, defaults):
+    """Fills in what args leave open: as in the checkpoint, if there is one, else the defaults.
+
+    -> the settings, a dict, and the checkpoint or None.  Raises InputError where a flag
+    contradicts the checkpoint, and for --sample without one.
     """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+    saved = load_checkpoint(path, path.stem) if path.exists() or args.sample else None
+    settings = dict(saved["settings"] if saved else defaults)
+    for name, value in settings.items():
+        given = getattr(args, name, None)
+        if given is None:
+            setattr(args, name, value)
+        elif saved and given != value:
+            raise InputError(f"{path} has {name} {value}, not {given}: choose another --out")
+        settings[name] = getattr(args, name)
+    if saved and len(saved["history"]) == args.epochs and not args.sample:
+        log(f"{path} is finished: delete it or choose another --out to train anew")
+    return settings, saved
+
+
+def restore(saved, **parts):
+    """Loads model, optimizer, ... from a checkpoint of open_run, if any -> its history."""
+    if saved is None:
+        return []
+    for name, part in parts.items():
+        part.load_state_dict(saved[name])
+    return saved["history"]
+
+
+def save_checkpoint(path, settings, history, **parts):
+    """Replaces `path` in one step, or leaves it as it was; the first process alone writes.
+
+    parts: what has a state_dict, model among them.  Raises InputError where the disk is full, or
+    the last epoch's losses or the weights are not finite.
+    """
+    values = [torch.tensor(list(history[-1].values())), *parts["model"].parameters()]
+    if not all(value.isfinite().all() for value in values):
+        raise InputError(f"not finite in epoch {len(history)}: lower --lr; {path} is as it was")
+    if RANK > 0:
+        return
+    content = {name: part.state_dict() for name, part in parts.items()}
+    content |= {"kind": path.stem + VERSION, "settings": settings, "history": history}
+    unfinished = path.with_suffix(".tmp")
     try:
-        device = torch.device(name)
-        if device.type not in ("cpu", "cuda"):
-            raise RuntimeError("neither a CPU nor a CUDA GPU")
-        if device.type == "cuda":
-            if WORLD > 1 and device.index is not None:
-                raise RuntimeError("each process takes a GPU of its own")
-            device = torch.device("cuda", LOCAL_RANK if device.index is None else device.index)
-        torch.zeros(1, device=device)  # is there such a one?
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"--device {name} cannot be used here ({reason}): choose auto, cpu, cuda or "
-                         "cuda:N") from None
-    torch.set_flush_denormal(True)  # Adam's averages of dead units shrink until a CPU is 100 times slower
-    if WORLD > 1 and not dist.is_initialized():
-        cuda = device.type == "cuda"
-        dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
-    return device
+        torch.save(content, unfinished)
+        os.replace(unfinished, path)
+    except (OSError, RuntimeError) as error:  # torch has a RuntimeError for a full disk
+        raise InputError(f"cannot save {path} ({error}), which is as it was") from None
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def load_checkpoint(path, kind):
+    """The checkpoint of save_checkpoint, on the CPU -> dict.  Runs no code that a file carries.
+
+    Raises InputError for a file that is missing, damaged, foreign or of another kind.
+    """
+    if not Path(path).exists():
+        raise InputError(f"no checkpoint {path}: train first, or say with --out where it is")
+    try:
+        if zipfile.ZipFile(path).testzip():  # a wrong checksum, at which torch does not look
+            raise zipfile.BadZipFile
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        found = saved["kind"]
+    except Exception as error:  # damage has many types: UnpicklingError, RuntimeError, EOFError
+        raise InputError(f"{path} is damaged ({error!r:.80}): delete it and train anew") from None
+    if found != kind + VERSION:
+        raise InputError(f"{path} is {found!r:.80}, not {kind + VERSION}: choose another --out")
+    return saved
+
+
+def load_model(path, kind, part, device, build):
+    """build(settings) with a checkpoint's weights; .settings are the run's, .title is of it."""
+    saved = load_checkpoint(path, kind)
+    model = build(saved["settings"])
+    model.load_state_dict(saved[part])
+    model.settings = saved["settings"]
+    model.title = title(model.settings)
+    return model.eval().requires_grad_(False).to(device)
 
 
 # ---- the command line
 
+
 def number(kind, low, high):
-    """A `type=` for argparse: text -> an int or a float, `kind`, in [low, high]; anything else is refused."""
+    """A `type=` for argparse: text -> an int or a float, in [low, high]."""
+
     def parse(text):
-        with contextlib.suppress(ValueError):
-            if low <= kind(text) <= high:  # false for nan
-                return kind(text)
-        name = "a whole number" if kind is int else "a number"
-        raise argparse.ArgumentTypeError(f"must be {name} from {low} to {high}, not {text!r}")
+        value = kind(text)  # argparse names its ValueError
+        check_range("it", value, low, high)
+        return value
+
+    parse.__name__ = f"{kind.__name__} from {low} to {high}"
     return parse
 
 
 def arguments(doc):
-    """An ArgumentParser with the flags that all scripts share; `doc` is what -h says first."""
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda message: parser.exit(2, f"error: {message}\n")  # one line: -h has the usage
+    """An ArgumentParser with the flags that all scripts share; `doc` is for -h."""
+    style = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=doc, formatter_class=style)
+    parser.error = lambda message: parser.exit(2, f"error: {message}\n")  # -h has the usage
     add = parser.add_argument
-    add("--data", metavar="NAME", help=f"{', '.join(SETS)}, or a folder of pictures (default: mnist)")
-    add("--data-dir", metavar="DIR", type=os.path.expanduser, default=str(DATA_DIR),
-        help="where the named data are or are downloaded to (default: data/ beside the scripts)")
-    add("--size", metavar="N", type=number(int, 16, 128),
-        help="pictures of a folder become N x N pixels, a multiple of 4 (default: 32)")
-    add("--limit", metavar="N", type=number(int, 1, 10**9), help="train on the first N images (default: all)")
-    add("--out", metavar="DIR", type=os.path.expanduser, default="results",
-        help="folder for checkpoints and pictures (default: results)")
-    add("--epochs", metavar="N", type=number(int, 1, 100000), help="passes over the training images")
-    add("--batch-size", metavar="N", type=number(int, 1, 10**6), help="images per step, of all processes")
-    add("--lr", metavar="X", type=number(float, 1e-8, 1), help="learning rate of Adam")
-    add("--seed", metavar="N", type=number(int, 0, 10**9), help="of all random numbers (default: 0)")
-    add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto, cuda where there is one)")
+    add("--data", metavar="NAME", help=f"{', '.join(SETS)} or a folder of pictures (mnist)")
+    add("--data-dir", default=str(DATA_DIR), help="where named data are (data/)")
+    add("--size", type=int, choices=(16, 32, 64), help="width of a folder's pictures (32)")
+    add("--limit", type=number(int, 1, 10**9), help="train on that many images (all)")
+    add("--out", default="results", help="folder for checkpoint and pictures (results)")
+    add("--epochs", type=number(int, 1, 10**5), help="passes over the images")
+    add("--batch-size", type=number(int, 1, 10**6), help="images a step, in all")
+    add("--lr", type=number(float, 1e-8, 1), help="learning rate of Adam")
+    add("--seed", type=number(int, 0, 10**9), help="of all random numbers (0)")
+    add("--device", default="auto", help="cpu, cuda or cuda:N (cuda where there is one)")
+    add("--compile", action="store_true", help="torch.compile, for a GPU")
+    add("--sample", type=number(int, 1, 10000), help="only draw that many images")
     return parser
 
 
-def output_folder(path):
-    """Creates the folder if need be -> pathlib.Path.  Raises InputError if nothing can be written there."""
-    path = Path(path)
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=path).close()  # permission bits do not tell: root, read-only disks
-    except OSError as error:
-        raise InputError(f"cannot write to {path} ({error.strerror}): choose another --out") from None
-    return path
-
-
 def run(main):
-    """Calls main(); Ctrl-C, a lack of memory and a full disk end it with one line, as InputError does."""
+    """Calls main(); what the user can mend ends it with one line."""
     sys.stdout.reconfigure(errors="replace")  # -h on a terminal without Greek letters
     try:
         main()
-        if WORLD > 1:
-            dist.destroy_process_group()
+    except InputError as error:
+        sys.exit("error: " + " ".join(str(error).split()))  # one line
     except KeyboardInterrupt:
-        print("\nstopped: --resume goes on from the last finished epoch (compare.py does so by itself)",
-              file=sys.stderr)
-        sys.exit(130)
-    except (RuntimeError, MemoryError) as error:
-        memory = isinstance(error, MemoryError) or "out of memory" in str(error)
-        if not memory and "allocate memory" not in str(error):
-            raise
-        raise InputError("out of memory: lower --batch-size if it was training, else --sample") from None
-    except OSError as error:
-        raise InputError(error) from None
+        sys.exit("\nstopped: the same command goes on after the last finished epoch")
+    if WORLD > 1:
+        dist.destroy_process_group()

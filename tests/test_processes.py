@@ -1,12 +1,16 @@
-"""Two processes under torchrun take the steps of one, and rank 0 alone speaks and writes."""
-import contextlib
+"""Two processes under torchrun share each batch; rank 0 alone speaks and writes."""
+
+import itertools
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 from matplotlib.figure import Figure
 
 import common
@@ -14,119 +18,138 @@ import ddpm
 import vae
 
 REPO = Path(__file__).resolve().parent.parent
-MODELS = {"vae": (vae, ["--kl-weight", "0.5"]), "ddpm": (ddpm, ["--T", "4", "--schedule", "cosine"])}
+LAUNCHER = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+NAMES = ["ddpm", "vae"]
+pytestmark = pytest.mark.skipif(os.name == "nt", reason="not tried")
 
 
-def program(out, data, patch):
-    """What each process runs: two epochs of two steps, in float64.  Two stop, go on, and draw."""
-    patch.setattr(torch.Tensor, "float", torch.Tensor.double)
-    patch.setattr(common, "has_bfloat16", lambda device: False)
-    load, average, save, averages = common.load_data, common.average, torch.save, []
-    patch.setattr(common, "load_data", lambda *given: [part[:70] for part in load(*given)])
-    if common.RANK > 0:
-        torch.save = Figure.savefig = None  # nothing to write with
+def launch(*command, **more):
+    """Runs it by two processes -> exit code, lines of stdout, own part of stderr."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO), **more}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen([*LAUNCHER, *map(str, command)], env=environment, **pipes)
+    try:
+        said, err = process.communicate(timeout=200)
+    finally:
+        process.terminate()  # the launcher, which ends its workers
+    own, *_ = err.partition("torch/distributed/")[0].rpartition("\n")
+    return process.returncode, said.splitlines(), own
 
-    def kept(tensors):
-        tensors = list(tensors)
-        average(tensors)
-        averages.append([tensor.clone() for tensor in tensors])
-    patch.setattr(common, "average", kept)
 
-    several, cpu = common.WORLD > 1, common.pick_device("cpu")
-    for name, (script, more) in MODELS.items():
-        flags = ["--data-dir", data, "--out", out, "--device", "cpu", "--batch-size", "32", "--epochs", "2",
-                 "--lr", "1e-4", *more]
-        averages.clear()
-        if several:
-            with contextlib.suppress(SystemExit):
-                script.train(script.parse(flags), cpu, lambda model, epoch: sys.exit() if epoch > 1 else {})
-        model, _ = script.train(script.parse(flags + ["--resume"] * several), cpu)
-        save([averages[0], model.state_dict()], f"{out}/{name}.rank{common.RANK}")
-        if several:
-            torch.distributed.barrier()  # until rank 0 has saved the last epoch
-            script.main(flags + ["--resume"])
-    if several:
-        torch.distributed.barrier()  # until rank 0 has drawn
-        vae.main(["--data-dir", data, "--out", f"{out}/none", "--device", "cpu", "--batch-size", "33"])
+# ---- what each process runs, when this file is launched
+
+
+def gradients(args):
+    """Of both models, by one process on all images, and averaged over two shares."""
+    x, t = torch.rand(6, 1, 28, 28).double(), torch.tensor([1, 2, 3, 4, 1, 2])
+    noise, latent = torch.randn_like(x), torch.randn(1, 6, 2).double()
+    model, coder = ddpm.DDPM(ddpm.UNet(width=4, T=4), T=4, loss="v").double(), vae.VAE().double()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    found, mine = [], slice(3 * common.RANK, 3 * common.RANK + 3)
+    for common.WORLD, share in (1, slice(6)), (2, mine):
+        elbo_terms, loss_of = common.wrap(coder, args), common.wrap(model, args)
+        reconstruction, kl = elbo_terms(x[share], latent[:, share])
+        (kl - reconstruction).mean().backward()
+        loss_of(x[share], t[share], noise[share]).backward()
+        found.append([p.grad for p in [*model.parameters(), *coder.parameters()]])
+        model.zero_grad()
+        coder.zero_grad()
+    torch.save(found, f"{args.out}/gradients.rank{common.RANK}")
+
+
+def program(out, data):
+    torch.manual_seed(0)
+    args = vae.parse(["--out", out, "--device", "cpu"])
+    common.start(args)
+    gradients(args)
+    dist.init_process_group = dist.destroy_process_group = lambda *_: None  # one is for all
+    rank, save, write = common.RANK, common.save_checkpoint, torch.save
+
+    def hooked(path, settings, history, **parts):
+        if folder == "stop" and len(history) == 2:
+            raise KeyboardInterrupt
+        save(path, settings, history, **parts)
+        write(parts["model"].state_dict(), f"{path}.rank{rank}")
+
+    common.save_checkpoint = hooked
+    if rank > 0:  # nothing to write with
+        torch.save = Figure.savefig = None
+    small = {"ddpm": "--T 4 --width 4", "vae": "--latent-dim 2"}
+    commands = ("whole", ""), ("stop", ""), ("parts", ""), ("parts", "--sample 3")
+    for name, (folder, more) in itertools.product(NAMES, commands):
+        flags = f"--data-dir {data} --out {out}/{folder.replace('stop', 'parts')} --device cpu "
+        flags += f"--limit 70 --epochs 2 --batch-size 32 {small[name]} {more}"
+        sys.argv = [name, *flags.split()]
+        try:
+            runpy.run_path(str(REPO / f"{name}.py"), run_name="__main__")
+        except SystemExit as stopped:
+            assert "stopped" in str(stopped)
 
 
 @pytest.fixture(scope="module")
-def runs(digits, tmp_path_factory):
-    """The folders of a run by one process and of the same by two; exit code, stdout and stderr of the two."""
-    one, two = tmp_path_factory.mktemp("one"), tmp_path_factory.mktemp("two")
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    process = subprocess.Popen([*launcher, __file__, str(two), str(digits)], text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                               env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO)})
-    try:
-        with pytest.MonkeyPatch.context() as patch:
-            torch.set_default_dtype(torch.float64)
-            program(str(one), str(digits), patch)
-        said, err = process.communicate(timeout=200)
-    finally:  # the end must not hang
-        torch.set_default_dtype(torch.float32)
-        process.terminate()  # the launcher then ends its workers; killed, it would leave them
-    return one, two, process.returncode, said.replace("\r", "\n").splitlines(), err
+def launched(digits, tmp_path_factory):
+    out = tmp_path_factory.mktemp("two")
+    code, said, err = launch(__file__, out, digits)
+    assert code == 0, err
+    return out, said
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_two_processes_take_the_steps_of_one(runs, name):
-    one, two, _, _, err = runs
-    assert (two / "ddpm.rank0").exists() and (two / "ddpm.rank1").exists(), err
-    (gradients, model), *ranks = (torch.load(folder / f"{name}.rank{rank}", weights_only=True)
-                                  for folder, rank in ((one, 0), (two, 0), (two, 1)))
-    for first_step, weights in ranks:
-        torch.testing.assert_close(first_step, gradients, rtol=0, atol=1e-10)
-        torch.testing.assert_close(weights, model, rtol=0, atol=1e-9)  # a step is 1e-4
-    torch.testing.assert_close(*ranks, rtol=0, atol=0)
-    one, two = (common.load(folder / f"{name}.pt", name) for folder in (one, two))
-    for a, b in zip(one["history"], two["history"], strict=True):
-        assert all(a[term] == pytest.approx(b[term], rel=1e-9) for term in a if term != "seconds")
-    assert one["settings"] == two["settings"] and len(one["history"]) == 2
+def test_the_averaged_gradient_is_that_of_one_on_both_shares(launched):
+    for rank in 0, 1:
+        one, several = torch.load(launched[0] / f"gradients.rank{rank}")
+        torch.testing.assert_close(several, one, rtol=0, atol=1e-10)
 
 
-def test_rank_0_alone_speaks_and_writes(runs):
-    _, two, _, said, _ = runs
-    assert sum("parameters on cpu" in line for line in said) == 6  # stopped, gone on with, drawn: two models
-    for words in "epoch 1 ", "epoch 2 ", "wrote ":
-        assert sum(line.startswith(words) for line in said) == 2
-    assert {"vae.pt", "vae_samples.png", "ddpm.pt", "ddpm_trajectory.gif"} <= set(os.listdir(two))
+@pytest.mark.parametrize("name", NAMES)
+def test_both_end_with_the_same_weights_also_after_a_stop(launched, name):
+    paths = [launched[0] / folder / f"{name}.pt" for folder in ("whole", "parts")]
+    whole, parts = (torch.load(path, weights_only=True) for path in paths)
+    for path, rank in itertools.product(paths, (0, 1)):
+        weights = torch.load(f"{path}.rank{rank}", weights_only=True)
+        torch.testing.assert_close(weights, whole["model"], rtol=0, atol=0)
+    assert len(whole["history"]) == len(parts["history"]) == 2
 
 
-def test_a_batch_that_the_processes_do_not_divide_is_one_clear_line(runs, monkeypatch):
-    _, two, code, _, err = runs
-    assert code == 1 and not os.listdir(two / "none")
-    line = "error: --batch-size 33 is no multiple of the 2 processes: choose one that is"
-    ours, _, _ = err.partition("torch/distributed/")[0].rpartition("\n")  # what its launcher adds is long
-    assert line in ours and "Traceback" not in ours
-    monkeypatch.setattr(common, "WORLD", 4)
-    assert common.batch_size(vae.parse(["--batch-size", "64"]), range(100)) == 64
-    with pytest.raises(common.InputError, match="--batch-size 30 is no multiple of the 4"):
-        common.batch_size(vae.parse(["--batch-size", "64"]), range(30))  # fewer images than that
+def test_rank_0_alone_speaks_and_writes(launched):
+    _, said = launched
+    counts = {"DDPM on": 3, "VAE on": 3, "epoch 1": 4, "epoch 2": 4, "wrote": 6}
+    assert {words: sum(line.startswith(words) for line in said) for words in counts} == counts
 
 
-def test_missing_data_are_said_by_each_process(tmp_path):
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    flags = ["--data", "fashion", "--data-dir", str(tmp_path), "--out", str(tmp_path), "--device", "cpu"]
-    err = subprocess.run([*launcher, str(REPO / "vae.py"), *flags], text=True, timeout=200,
-                         stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=tmp_path,
-                         env=os.environ | {"OMP_NUM_THREADS": "1", "http_proxy": "http://127.0.0.1:9",
-                                           "https_proxy": "http://127.0.0.1:9"}).stderr
-    ours, _, _ = err.partition("torch/distributed/")[0].rpartition("\n")
-    assert "Traceback" not in ours and "Connection closed" not in err
-    assert err.count("error: FashionMNIST can be neither read nor downloaded") == 2
+def test_an_odd_batch_is_one_line(digits, tmp_path):
+    flags = "--device", "cpu", "--data-dir", digits, "--out", tmp_path, "--batch-size", 33
+    code, _, err = launch(REPO / "ddpm.py", *flags)
+    assert code != 0 and "Traceback" not in err and os.listdir(tmp_path) == []
+    assert "error: 2 processes cannot share 33 images" in err
+
+
+def test_missing_data_are_one_line(tmp_path):
+    flags = "--device", "cpu", "--data", "fashion", "--data-dir", tmp_path, "--out", tmp_path
+    nowhere = "http://127.0.0.1:9"
+    code, _, err = launch(REPO / "vae.py", *flags, http_proxy=nowhere, https_proxy=nowhere)
+    assert code != 0 and "Traceback" not in err and "Connection closed" not in err
+    assert "error: cannot read or download fashion" in err
+
+
+def test_each_process_has_its_own_images_and_noise(monkeypatch):
+    order, found = torch.arange(12).view(3, 4), []
+    monkeypatch.setattr(common, "WORLD", 2)
+    for rank in 0, 1:
+        monkeypatch.setattr(common, "RANK", rank)
+        torch.manual_seed(0)
+        found.append((common.share(order), torch.rand(1)))
+    (one, u), (other, v) = found
+    assert torch.equal(torch.cat([one, other], dim=1).sort().values, order) and u != v
 
 
 def test_each_process_takes_its_own_gpu(monkeypatch):
-    chosen = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
-    monkeypatch.setattr(torch, "zeros", lambda *_, **__: None)
+    monkeypatch.setattr(torch.Tensor, "to", lambda x, name: SimpleNamespace(device=name))
     monkeypatch.setattr(common, "LOCAL_RANK", 3)
-    assert common.pick_device("auto") == common.pick_device("cuda") == torch.device("cuda", 3) == chosen[0]
-    assert common.pick_device("cuda:1") == torch.device("cuda", 1)
+    found = [common.pick_device(name) for name in ("auto", "cuda", "cuda:1")]
+    assert found == ["cuda:3", "cuda:3", "cuda:1"]
 
 
 if __name__ == "__main__":
-    torch.set_default_dtype(torch.float64)
-    common.run(lambda: program(*sys.argv[1:], pytest.MonkeyPatch()))
+    program(*sys.argv[1:])
