@@ -1,3 +1,5 @@
+"""compare.py: each measure on made data, by an oracle of its own; then the command line."""
+
 import contextlib
 import io
 import json
@@ -16,7 +18,8 @@ import compare
 import ddpm
 import vae
 
-CPU, F64 = torch.device("cpu"), torch.float64
+CPU = torch.device("cpu")
+F64 = torch.float64
 
 
 @pytest.fixture(autouse=True)
@@ -26,448 +29,436 @@ def seeded():
 
 @pytest.fixture(scope="module")
 def mnist():
-    """MNIST in an order of our own: its writers are in blocks, and its first test digits are neater."""
-    data = common.load_data(compare.parse(["--data", "mnist"]), CPU)
-    orders = [torch.randperm(n, generator=torch.Generator().manual_seed(n)) for n in (60000, 10000)]
-    return data[0][orders[0]], data[1][orders[0]], data[2][orders[1]], data[3][orders[1]]
+    """All of MNIST in an order of our own: x_train, y_train, x_test, y_test."""
+    data = common.load_data(compare.parse(["--data", "mnist", "--size", "32"]), CPU)
+    train = torch.randperm(60000, generator=torch.Generator().manual_seed(1))
+    test = torch.randperm(10000, generator=torch.Generator().manual_seed(2))
+    return data[0][train], data[1][train], data[2][test], data[3][test]
 
 
-@pytest.fixture(scope="module")
-def classifier(mnist):
-    return compare.train_classifier(mnist[0][:6000], mnist[1][:6000], epochs=2)
+# ---- distances
 
-
-# ---- the numbers of the yardstick and their errors
 
 def gaussian(mean, covariance, n=200):
-    """n points whose own mean and covariance are exactly these: what frechet says of them is exact, too."""
-    points = torch.randn(n, len(mean), dtype=F64)
+    """n points (n, 2) whose own mean and covariance are exactly these."""
+    points = torch.randn(n, 2, dtype=F64)
     points = points - points.mean(0)
-    white = torch.linalg.solve_triangular(torch.linalg.cholesky(torch.cov(points.T)), points.T, upper=False)
-    values, vectors = torch.linalg.eigh(torch.as_tensor(covariance, dtype=F64))
-    return white.T @ (vectors * values.clamp(min=0).sqrt()) @ vectors.T + torch.tensor(mean, dtype=F64)
+    root = torch.linalg.cholesky(torch.cov(points.T))
+    white = torch.linalg.solve_triangular(root, points.T, upper=False)
+    values, vectors = torch.linalg.eigh(torch.tensor(covariance, dtype=F64))
+    half = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+    return white.T @ half + torch.tensor(mean, dtype=F64)
 
 
 def test_frechet_of_normals_whose_covariances_do_not_commute():
-    A, B = (torch.tensor(m, dtype=F64) for m in ([[2, 1.2], [1.2, 1]], [[1, -0.9], [-0.9, 3]]))
+    A = torch.tensor([[2, 1.2], [1.2, 1]], dtype=F64)
+    B = torch.tensor([[1, -0.9], [-0.9, 3]], dtype=F64)
     assert (A @ B - B @ A).norm() > 1
-    # tr √(AB) is the sum of the roots of AB's eigenvalues, which for 2 x 2 is √(tr AB + 2 √det AB)
+    # tr √(AB) of 2 x 2 is √(tr AB + 2 √det AB)
     cross = ((A @ B).trace() + 2 * (A @ B).det().sqrt()).sqrt()
-    expected = 25 + (A + B).trace().item() - 2 * cross.item()
-    a, b = gaussian([3.0, 0], A), gaussian([0.0, 4], B)
-    assert compare.frechet(a, b)[0] == pytest.approx(expected, rel=1e-9) == compare.frechet(b, a)[0]
+    expected = 25 + (A + B).trace() - 2 * cross
+    a = gaussian([3.0, 0.0], A.tolist())
+    b = gaussian([0.0, 4.0], B.tolist())
+    assert compare.frechet(a, b) == pytest.approx(expected.item(), rel=1e-9)
+    assert compare.frechet(b, a) == pytest.approx(expected.item(), rel=1e-9)
 
 
-def test_frechet_of_shifted_sets_of_dead_features_and_of_few_points():
-    a = gaussian([0.0, 0], [[2, 0.5], [0.5, 1]])
-    assert compare.frechet(a, a) == pytest.approx((0, 0), abs=1e-9)
-    for shift in 1, 2, 3:  # an image's share is 2 shift (x - mean), and the variance of x is 1
-        assert compare.frechet(a + torch.tensor([0, shift]), a) == pytest.approx(
-            (shift ** 2, 2 * shift / math.sqrt(200)), rel=1e-9)
-    a, b = gaussian([0.0, 7], [[1, 0], [0, 0]]), gaussian([0.0, 5], [[4, 0], [0, 0]])
-    assert compare.frechet(a, b)[0] == pytest.approx((1 - 2) ** 2 + 4, abs=1e-6)  # √ of rounding is 1e-8
-    few, other = torch.randn(2, 20, 128, dtype=F64).clamp(min=0)
-    few[:, :30] = other[:, :30] = 0
-    assert compare.frechet(few, few)[0] == pytest.approx(0, abs=1e-4)
-    assert all(map(math.isfinite, compare.frechet(few, other)))
+def test_frechet_of_equal_and_shifted_sets_and_of_dead_features():
+    a = gaussian([0.0, 0.0], [[2.0, 0.5], [0.5, 1.0]])
+    assert compare.frechet(a, a) == pytest.approx(0, abs=1e-9)
+    assert compare.frechet(a + torch.tensor([0, 3]), a) == pytest.approx(9)
+    a = gaussian([0.0, 7.0], [[1.0, 0.0], [0.0, 0.0]])
+    b = gaussian([0.0, 5.0], [[4.0, 0.0], [0.0, 0.0]])
+    assert compare.frechet(a, b) == pytest.approx((2 - 1) ** 2 + 2**2, abs=1e-6)
 
 
-@pytest.mark.parametrize("shift, scale, relu", [(0.5, 1.0, False), (0.0, 1.2, False), (0.3, 1.3, True),
-                                                (0.0, 1.0, True)])
-def test_two_errors_of_the_frechet_distance_cover_19_of_20_draws(shift, scale, relu):
-    # relu: like the classifier's features no normals, which the error does not ask for
-    mix = torch.eye(8, dtype=F64) + torch.randn(8, 8, dtype=F64) / 8 ** 0.5
-    act = torch.relu if relu else torch.clone
-    b = act(torch.randn(1000, 8, dtype=F64) @ mix)
-    normals = (scale * torch.randn(1000, 8, dtype=F64) @ mix + shift for _ in range(400))
-    draws = [compare.frechet(act(a), b) for a in normals]
-    distances, errors = torch.tensor(draws, dtype=F64).T
-    covered = ((distances - distances.mean()).abs() <= 2 * errors).double().mean().item()
-    assert 0.90 <= covered <= 1.0  # of 400 draws: 95 % ± 1.1 %; where both are the same, more
-    assert 0.8 < errors.mean() / distances.std() < 1.6
+def test_nearest_and_coverage_by_all_pairs():
+    samples = torch.randn(700, 3)
+    real = 2 * torch.randn(1100, 3)  # more than one part
+    pairs = (real[:, None] - samples).norm(dim=2)
+    distances, which = compare.nearest(real, samples)
+    torch.testing.assert_close(distances, pairs.amin(1), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(pairs[torch.arange(1100), which], pairs.amin(1))
+    own = (real[:, None] - real).norm(dim=2).sort(1).values  # the first is 0, to itself
+    for k in 1, 5:
+        expected = (pairs.amin(1) <= own[:, k]).double().mean().item()
+        assert 0.2 < expected < 0.98
+        assert compare.coverage(samples, real, k) == pytest.approx(expected, abs=2e-3)
 
 
-def test_radii_within_and_nearest_by_all_pairs():
-    def pairs(x, y):
-        return (x[:, None] - y).norm(dim=2)
-    a, b = torch.randn(1300, 3, dtype=F64), 4 * torch.randn(1100, 3, dtype=F64)  # more than one part
-    for k in 1, 3:
-        radius = compare.radii(a, k)
-        torch.testing.assert_close(radius, pairs(a, a).sort(1).values[:, k], rtol=1e-6, atol=1e-6)
-    assert torch.equal(radius, compare.radii(a))
-    hits = (pairs(b, a) <= radius).any(1)
-    assert compare.within(b, a, radius).tolist() == hits.tolist() and 100 < hits.sum() < 1000
-    x, flat = torch.rand(700, 1, 3, 3), torch.rand(800, 9)
-    far, which = compare.nearest(x, flat)
-    torch.testing.assert_close(far, pairs(x.flatten(1), flat).amin(1), rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close((x.flatten(1) - flat[which]).norm(dim=1), far, rtol=1e-4, atol=1e-4)
+# ---- the two-sample test
 
 
-def test_two_errors_of_a_share_cover_19_of_20_draws():
-    for n, p in (300, 0.01), (300, 0.05), (300, 0.2), (300, 0.5), (1000, 0.99):
-        chance = [math.comb(n, k) * p ** k * (1 - p) ** (n - k) for k in range(n + 1)]  # exact: no draws
-        said = [compare.share(torch.arange(n) < k) for k in range(n + 1)]
-        assert all(share == pytest.approx(k / n) and error > 0 for k, (share, error) in enumerate(said))
-        assert 0.92 < sum(c for c, (share, error) in zip(chance, said) if abs(share - p) <= 2 * error) < 0.98
+def blurred(x):
+    return F.avg_pool2d(x.float(), 3, 1, 1).round().byte()
 
-
-def test_standard_errors_bits_grayness_and_how_numbers_are_printed():
-    assert compare.mean_and_error(torch.tensor([1.0, 2, 3, 6])) == pytest.approx((3, math.sqrt(14 / 3 / 4)))
-    assert compare.bits(784 * 8 * math.log(2), (1, 28, 28)) == pytest.approx(8)  # pixels of 256 equal levels
-    x = torch.tensor([[0.5, 0.5], [0, 1], [1, 0.25], [0, 0]]).view(4, 1, 1, 2)
-    assert compare.grayness(x).tolist() == pytest.approx([0.5, 0, 0.1875 / 1.25, 0])
-    for value, printed in (0.0, "< 0.003"), (1.0, "> 0.9970"), (0.25, "0.250 (0.014)"):  # 0 and 1: bounds
-        assert compare.number({"recall": value, "recall_error": 0.0137, "n": 1000}, "recall") == printed
-    assert compare.number({"gray": 0.0, "gray_error": 0.01, "n": 1000}, "gray") == "0.000 (0.010)"  # no share
-
-
-def test_two_errors_cover_the_draw_of_the_images():
-    def draw(n):  # 3 pixels, the first of which tells the class
-        return torch.cat([torch.randint(10, (n, 1)) / 10, torch.rand(n, 2)], dim=1).view(n, 1, 1, 3)
-    classifier = Namespace(features=lambda x: x.flatten(1),
-                           leave=lambda x: 99 * F.one_hot((10 * x[:, 0]).round().long(), 10).float())
-    def yardstick():
-        return compare.Yardstick(classifier, 255 * draw(900), torch.arange(900) % 10, draw(300), 0, 900)
-    one = yardstick()
-    samples = [one.measure(draw(300)) for _ in range(200)]
-    all_drawn = [yardstick().measure(draw(300)) for _ in range(200)]
-    for key in [*compare.METRICS, "recall_short"]:  # which depends on the draw of the real images, too
-        rows = all_drawn if key == "recall_short" else samples
-        values, errors = torch.tensor([(row[key], row[f"{key}_error"]) for row in rows], dtype=F64).T
-        covered = ((values - values.mean()).abs() <= 2 * errors).double().mean()
-        assert 0.9 < covered < 0.99 and 0.85 < errors.mean() / values.std() < 1.3, key
-
-
-# ---- the yardstick, on images that are known to be good or bad
 
 @pytest.fixture(scope="module")
-def yardstick(classifier, mnist):
+def sets(mnist):
+    """3,000 digits to hold against, and 3,000 others with one fault each."""
+    x, y, *_ = mnist
+    other = x[3000:6000]
+    lost = x[6000:][(y[6000:] != 3) & (y[6000:] != 8)][:3000]
+    gray = other.clamp(min=4)  # of 255
+    faults = {"none": other, "lost": lost, "gray": gray}
+    faults |= {"shifted": other.roll(1, 3), "blurred": blurred(other)}
+    return x[:3000], faults
+
+
+@pytest.mark.parametrize(
+    "fault, low, high, shape_only",
+    [
+        ("none", 0.47, 0.53, False),
+        ("none", 0.47, 0.53, True),
+        ("lost", 0.53, 0.62, False),  # at most 0.6: a fifth of the real ones give themselves away
+        ("shifted", 0.8, 1, False),
+        ("blurred", 0.9, 1, False),
+        ("gray", 0.9, 1, False),
+        ("gray", 0.47, 0.53, True),
+    ],
+)
+def test_the_two_sample_test_tells_what_it_should(sets, monkeypatch, fault, low, high, shape_only):
+    monkeypatch.setitem(compare.STEPS, "critic", 80)
+    real, faults = sets
+    state = torch.get_rng_state()
+    told = compare.told_apart(faults[fault], real, 0, shape_only)
+    assert low <= told <= high
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+# ---- the yardstick
+
+
+@pytest.fixture(scope="module")
+def yardstick(mnist):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compare, "MOST", 1200)
-        return compare.Yardstick(classifier, mnist[0][:12000], mnist[1][:12000], mnist[2] / 255, 0, 12000)
+        patch.setitem(compare.STEPS, "reader", 150)
+        x_train, y_train, x_test, y_test = mnist
+        return compare.Yardstick(x_train[:14000], y_train[:14000], x_test, y_test, 0, 1000)
 
 
 @pytest.fixture(scope="module")
 def measured(yardstick, mnist):
-    """What is said of 1,200 images of each kind; all digits are others than those of the yardstick."""
-    x, y = mnist[0][20000:23000] / 255, mnist[1][20000:23000]
-    images = {"real": x[:1200], "lost": x[(y != 3) & (y != 8)][:1200],
-              "blurred": F.avg_pool2d(F.avg_pool2d(x[:1200], 3, 1, 1), 3, 1, 1),
-              "copied": torch.cat([yardstick.seen[:600].view(-1, 1, 28, 28), x[:600]]),
-              "noise": torch.rand(x[:1200].shape, generator=torch.Generator().manual_seed(0)),
-              "other": yardstick.other}
-    return {name: yardstick.measure(each) for name, each in images.items()}
+    x, y, x_test, _ = mnist
+    other = x[20000:21000]
+    images = {
+        "real": other,
+        "test": yardstick.test,
+        "lost": x[20000:][(y[20000:] != 3) & (y[20000:] != 8)][:1000],
+        "blurred": blurred(blurred(other)),
+        "copies": other[:50].repeat(20, 1, 1, 1),
+        "noise": torch.randint(0, 256, other.shape).byte(),
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compare, "told_apart", lambda *args, **kwargs: 0.5)
+        return {name: yardstick.measure(each)[0] for name, each in images.items()}
 
 
-def away(row, key, value):
-    """By how many standard errors a measured number is above a value, or above another row's."""
-    if isinstance(value, dict):
-        return (row[key] - value[key]) / math.hypot(row[f"{key}_error"], value[f"{key}_error"])
-    return (row[key] - value) / row[f"{key}_error"]
-
-
-def test_the_classifier_reads_digits_it_has_not_seen(classifier, mnist):
-    features, probabilities = compare.look(classifier, mnist[2][:1000] / 255)
-    assert (probabilities.argmax(1) == mnist[3][:1000]).double().mean() > 0.94 and not classifier.training
-    assert features.shape == (1000, 128) and features.dtype == F64
-    torch.testing.assert_close(probabilities.sum(1), torch.ones(1000))
-
-
-def test_the_images_of_the_yardstick_are_apart(yardstick, classifier, mnist, monkeypatch):
-    def images(part):
+def test_the_parts_of_the_yardstick_are_apart(yardstick, mnist):
+    def rows(part):
         return {each.numpy().tobytes() for each in part.flatten(1)}
-    seen, other = images(yardstick.seen), images(yardstick.other)
-    assert len(seen) == len(other) == len(yardstick.radius) == yardstick.n == 1200 and not seen & other
-    for part in yardstick.seen.view(-1, 1, 28, 28), yardstick.other:
-        assert torch.cdist(compare.look(classifier, part)[0], yardstick.manifold).min() > 1e-3
-    monkeypatch.setattr(compare, "MOST", 40)
-    few = compare.Yardstick(classifier, mnist[0][:500], mnist[1][:500], mnist[2][:100] / 255, 0, 25)
-    assert images(few.seen) == images(mnist[0][:25] / 255)  # only these count as seen
-    assert len(few.held_out) == 25 and few.n == 40
+
+    critics = rows(yardstick.critics)
+    control = rows(yardstick.control)
+    assert yardstick.n == len(critics) == len(control) == len(yardstick.test) == 1000
+    assert not critics & control and len(yardstick.known_features) == 12000
+    for part in yardstick.critics, yardstick.control:
+        far, _ = compare.nearest(yardstick.read(part)[0], yardstick.known_features)
+        assert far.min() > 1e-3
+    assert yardstick.accuracy > 0.93
+    far, _ = compare.nearest(yardstick.test_features, yardstick.known_features)
+    assert (far > yardstick.limit).sum() == 10  # 1 % of the test digits
 
 
-def test_real_digits_are_found_nothing_wrong_with(measured):
-    real, other = measured["real"], measured["other"]
-    assert abs(away(real, "nearer", 0.5)) < 3 and abs(away(real, "class_off", 0)) < 3
-    assert all(abs(away(real, key, other)) < 4 for key in compare.METRICS)
-    assert real["precision"] > 0.8 and real["recall"] > 0.8 and real["recall_short"] < 0 < other["recall"]
-    assert compare.lacks_diversity(real) == "does not hold"
-    assert compare.higher_fidelity(real, other, other) == "cannot tell"
-    assert compare.fewer_degenerate(real, other) == "cannot tell"
+def test_features_and_probabilities(yardstick, mnist):
+    features, probabilities = yardstick.read(mnist[2][:600])
+    assert features.shape == (600, 128) and probabilities.shape == (600, 10)
+    torch.testing.assert_close(probabilities.sum(1), torch.ones(600))
+    assert (probabilities.argmax(1) == mnist[3][:600]).double().mean() > 0.93
 
 
-def test_each_fault_is_caught_by_its_own_column(measured):
-    real, other, lost, blurred, copied, noise = (
-        measured[name] for name in ("real", "other", "lost", "blurred", "copied", "noise"))
-    assert noise["degenerate"] > 0.95 and noise["recall"] < 0.01 and noise["frechet"] > 20 * real["frechet"]
-    assert compare.fewer_degenerate(noise, real) == "holds"
-
-    assert blurred["gray"] > 2 * real["gray"] and away(blurred, "gray", real) > 20
-    assert compare.higher_fidelity(blurred, real, other) == "holds"
-    assert compare.higher_fidelity(real, blurred, other) == "does not hold"
-
-    assert 0.14 < lost["class_off"] < 0.24 and away(lost, "class_off", 0.05) > 5  # two tenths
-    assert lost["recall"] < real["recall"] - 0.05 and away(lost, "precision", real) > -3
-    assert lost["classes"][3] + lost["classes"][8] < 0.03 and sum(lost["classes"]) == pytest.approx(1)
-    assert compare.lacks_diversity(lost) == "holds"
-
-    assert copied["nearer"] == pytest.approx(0.75, abs=0.05) and away(copied, "nearer", real) > 5  # one half
-    assert all(abs(away(copied, key, real)) < 4 for key in ("frechet", "precision", "recall", "gray"))
-
-    for row in measured.values():  # degenerate is unsure or outside, or both
-        outside = 1 - row["precision"]
-        assert max(row["unsure"], outside) - 1e-9 <= row["degenerate"] <= row["unsure"] + outside + 1e-9
+def test_each_fault_is_caught_by_its_column(measured):
+    real = measured["real"]
+    assert real["coverage"] > 0.9 and real["classes off by"] < 0.06 and real["degenerate"] < 0.3
+    assert measured["test"]["Fréchet distance"] == pytest.approx(0, abs=1e-3)
+    assert 0.15 < measured["lost"]["classes off by"] < 0.25
+    assert measured["lost"]["coverage"] < real["coverage"] - 0.05
+    assert measured["copies"]["coverage"] < 0.5
+    assert measured["noise"]["degenerate"] > 0.95 and measured["noise"]["coverage"] < 0.1
+    for name in "lost", "blurred", "copies", "noise":
+        assert measured[name]["Fréchet distance"] > 1.5 * real["Fréchet distance"], name
 
 
-# ---- the bounds
-
-def test_fit_scale_finds_the_true_scale():
-    mean = torch.rand(50, 1, 28, 28) - 0.5
-    for sigma in 0.02, 0.1, 0.5:
-        x0 = ((mean + sigma * torch.randn_like(mean) + 1) * 127.5).round().clamp(0, 255) / 127.5 - 1
-        assert compare.fit_scale(x0, mean) == pytest.approx(sigma, rel=0.07)  # the values are 13.5 % apart
+# ---- bits
 
 
-def test_the_bound_of_the_vae_is_the_sum_of_its_terms_and_that_of_normals(mnist):
-    model, x_train, x = vae.VAE().eval(), mnist[0][:20] / 255, mnist[2][:4] / 255
-    bound, total = compare.vae_bound(model, x_train, x, seed=3)
-    assert bound["bits_per_dim"] == pytest.approx(bound["reconstruction"] + bound["kl"]) and bound["n"] == 4
-    assert bound["gap"] == pytest.approx(bound["bits_per_dim"] - bound["importance_weighted_256"], abs=1e-6)
-    assert total.shape == (4,) and total.mean().item() == pytest.approx(bound["bits_per_dim"])
-    mean, logvar = (part.detach().double() for part in model.encode(x))
-    q, sigma = Normal(mean, (0.5 * logvar).exp()), bound["sigma"]
-
-    def log_likelihood(z):  # (samples, 4, 2) -> (samples, 4)
-        p = Normal(2 * model.decode(z.float()).detach().double() - 1, sigma)
-        level = (x * 255).round().double()
-        high = torch.where(level == 255, 1.0, p.cdf((level + 0.5) / 127.5 - 1))
-        low = torch.where(level == 0, 0.0, p.cdf((level - 0.5) / 127.5 - 1))
-        return (high - low).log().flatten(2).sum(2)
-
-    torch.manual_seed(3)  # the draws of the bound
-    z, many = (mean + q.scale * torch.randn(n, 4, 2) for n in (8, 256))
-    kl = kl_divergence(q, Normal(0.0, 1.0)).sum(1)
-    elbo = log_likelihood(z).mean(0) - kl
-    weights = log_likelihood(many) + Normal(0.0, 1.0).log_prob(many).sum(2) - q.log_prob(many).sum(2)
-    tighter = (weights - weights.amax(0)).exp().mean(0).log() + weights.amax(0)
-    scale = 784 * math.log(2)
-    assert bound["kl"] == pytest.approx(kl.mean().item() / scale, rel=1e-4)
-    torch.testing.assert_close(total.double(), -elbo / scale, rtol=1e-5, atol=1e-6)
-    assert bound["importance_weighted_256"] == pytest.approx(-tighter.mean().item() / scale, rel=1e-5)
+def every_level(n):
+    """Images (256, n, 1, 1) of one pixel for each bin, and the bins: each level in each bin."""
+    levels = torch.arange(256).byte().view(256, 1, 1, 1).expand(256, n, 1, 1)
+    return levels, torch.arange(n).view(1, n, 1, 1).expand(256, n, 1, 1)
 
 
-def test_the_importance_weighted_bound_rises_from_the_elbo_to_the_truth():
-    # p(z) = N(0, 1), p(x|z) = N(z, 1), so p(x) = N(0, 2) and p(z|x) = N(x/2, 1/2); q is off by 0.5
-    x = torch.tensor([0.3, 1.5], dtype=F64)
-    q, truth = Normal(x / 2 + 0.5, 0.5 ** 0.5), Normal(0.0, 2 ** 0.5).log_prob(x)
-    z = q.sample((64000,))
-    weights = Normal(0.0, 1.0).log_prob(z) + Normal(z, 1.0).log_prob(x) - q.log_prob(z)
-    bounds = [compare.importance_bound(weights.view(L, -1, 2)).mean(0) for L in (1, 4, 64, 6400)]
-    assert all((low < high).all() for low, high in zip(bounds, bounds[1:]))
-    kl = 0.5 ** 2 / (2 * 0.5)  # KL(q || p(z|x))
-    torch.testing.assert_close(bounds[0], truth - kl, rtol=0, atol=0.02)
-    torch.testing.assert_close(bounds[-1], truth, rtol=0, atol=0.01)
+def test_the_histogram_is_a_distribution_over_256_levels():
+    counted = torch.tensor([0, 0, 0, 255, 7, 7]).byte().view(6, 1, 1, 1)
+    bins = torch.tensor([0, 0, 0, 0, 2, 2]).view(6, 1, 1, 1)
+    images, which = every_level(3)
+    probability = torch.empty(256, 3)
+    for level in range(256):
+        for b in range(3):
+            pixel = images[level : level + 1, b : b + 1]
+            bits = compare.histogram_bits(pixel, which[:1, b : b + 1], counted, bins, 3)
+            probability[level, b] = 2 ** -bits.item()
+    assert probability.min() > 0
+    torch.testing.assert_close(probability.sum(0), torch.ones(3))
+    torch.testing.assert_close(probability[:, 1], torch.full((256,), 1 / 256))  # nothing counted
+    assert probability[0, 0] == pytest.approx(3.1 / (4 + 25.6))
+    assert probability[7, 2] == pytest.approx(2.1 / (2 + 25.6))
+
+
+def test_the_histogram_comes_within_a_hundredth_of_the_true_decoder():
+    sigma = 0.2
+    mean = torch.rand(300, 1, 28, 28)
+    x0 = 2 * mean - 1 + sigma * torch.randn_like(mean)
+    images = ((x0 + 1) * 127.5).round().clamp(0, 255).byte()
+    means = dict(zip(("counted", "images"), (mean[:250], mean[250:]), strict=True))
+    counted = images[:250]
+    images = images[250:]
+
+    def mean_of(part):  # in parts of up to 500
+        return means["counted"] if len(part) == 250 else means["images"]
+
+    bits = compare.decoder_bits(mean_of, images, counted)
+    p = Normal(2 * means["images"].double() - 1, sigma)
+    high = torch.where(images == 255, 1.0, p.cdf((images + 0.5) / 127.5 - 1))
+    low = torch.where(images == 0, 0.0, p.cdf((images - 0.5) / 127.5 - 1))
+    true = -(high - low).log2().flatten(1).mean(1)
+    assert bits.shape == (50,)
+    assert bits.mean().item() == pytest.approx(true.mean().item(), rel=0.01)
+
+
+def test_bits_of_positions_are_those_of_their_own_counts():
+    counted = (torch.rand(400, 1, 2, 2) < torch.tensor([[0.0, 0.1], [0.5, 1.0]])).byte() * 200
+    images = counted[:3]
+    share = ((counted == 200).double().sum(0) + 0.1) / (400 + 25.6)  # of level 200
+    rest = ((counted == 0).double().sum(0) + 0.1) / (400 + 25.6)
+    expected = -torch.where(images == 200, share, rest).log2().flatten(1).mean(1)
+    bits = compare.position_bits(images, counted)
+    torch.testing.assert_close(bits.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_bits_of_the_vae_are_its_kl_and_those_of_the_counts(mnist):
+    model = vae.VAE().requires_grad_(False)
+    counted = mnist[0][:40]
+    images = mnist[2][:6]
+    found = compare.vae_bits(model, images, counted, seed=3)
+    mu, logvar = model.encode(images / 255)
+    kl = kl_divergence(Normal(mu, (logvar / 2).exp()), Normal(0.0, 1.0)).sum(1).mean()
+    assert found["KL"] == pytest.approx(kl.item() / 784 / math.log(2), rel=1e-4)
+    torch.manual_seed(3)  # first the counted ones, then the images
+    counts = torch.full((40, 256), 0.1, dtype=F64)
+    nats = 0
+    for part in counted, images:
+        mu, logvar = model.encode(part / 255)
+        mean = model.decode(mu + (logvar / 2).exp() * torch.randn(len(part), 2))
+        bins = [min(39, int(40 * value)) for value in mean.flatten().tolist()]
+        for b, level in zip(bins, part.flatten().tolist(), strict=True):
+            if len(part) == 40:
+                counts[b, level] += 1
+            else:
+                nats -= math.log(counts[b, level] / counts[b].sum())
+    bits = nats / len(images) / 784 / math.log(2)
+    assert found["decoder"] == pytest.approx(bits, rel=1e-4)
 
 
 SHAPE = (1, 8, 8)
 
 
+class BlackAndWhite(torch.nn.Module):
+    """ε_θ of the best x̂_0, made worse by a tenth, where 19 of 20 pixels are white."""
+
+    def __init__(self, T):
+        super().__init__()
+        self.alpha_bar = ddpm.DDPM(None, T=T).alpha_bar
+
+    def forward(self, xt, t):
+        a = self.alpha_bar[t].view(-1, 1, 1, 1).to(xt.dtype)
+        # the log odds of white are log 19 + 2 √ᾱ x_t / (1-ᾱ)
+        x0_hat = 0.9 * torch.tanh(math.log(19) / 2 + a.sqrt() * xt / (1 - a))
+        return (xt - a.sqrt() * x0_hat) / (1 - a).sqrt()
+
+
 @pytest.fixture(scope="module")
-def ladder():
-    """Images of black and white pixels, white with 19 of 20: their entropy is known, and so is E[x_0|x_t]."""
+def toy():
+    """A chain of 20 steps, images of black and white, and what is said of their bits."""
     torch.manual_seed(0)
-    asked, alpha_bar = [], ddpm.DDPM(None, T=20).alpha_bar
-
-    def net(xt, t):
-        """The best x̂_0, made worse by a tenth: the log odds of white are log 19 + 2 √ᾱ x_t / (1-ᾱ)."""
-        asked.append((len(xt), t[0].item()))
-        a = alpha_bar[t].view(-1, 1, 1, 1).to(xt.dtype)
-        return 0.9 * torch.tanh(math.log(19) / 2 + a.sqrt() * xt / (1 - a))
-    model = ddpm.DDPM(net, T=20, predict="x0", sigma="posterior", shape=SHAPE)
-    x_train, x = ((torch.rand(n, *SHAPE) < 0.95).float() for n in (200, 60))
-    bound = compare.ddpm_bound(model, x_train, x, seed=0, device=CPU)
-    return model, x_train, x, asked.copy(), *bound
+    model = ddpm.DDPM(BlackAndWhite(20), T=20, shape=SHAPE)
+    counted = 255 * (torch.rand(300, *SHAPE) < 0.95).byte()
+    images = 255 * (torch.rand(80, *SHAPE) < 0.95).byte()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(common, "has_bfloat16", lambda device: False)
+        found = compare.ddpm_bits(model, images, counted, seed=0)
+    return model, images, counted, found
 
 
-def test_the_bound_of_the_ddpm_is_the_sum_of_its_terms(ladder):
-    model, _, x, asked, bound, total = ladder
-    beta, posterior, optimal = rungs = list(bound["variances"].values())
-    for rung in rungs:
-        assert rung["bits_per_dim"] == pytest.approx(rung["L_0"] + rung["L_t"] + rung["L_T"])
-    assert beta["L_t"] > posterior["L_t"] > optimal["L_t"] and beta["L_T"] == optimal["L_T"]
-    assert beta["bits_per_dim"] > posterior["bits_per_dim"] > optimal["bits_per_dim"]
-    for sigma, rung in ("beta", beta), ("posterior", posterior):  # the model's own bound on the same draws
-        own = ddpm.DDPM(model.net, T=20, predict="x0", sigma=sigma, shape=SHAPE)
-        torch.manual_seed(0)
-        errors = own.x0_errors(ddpm.to_model(x))
-        torch.manual_seed(0)
-        terms = compare.bits(own.vlb_terms(ddpm.to_model(x), errors), SHAPE).sum(1)
-        assert compare.mean_and_error(terms) == pytest.approx((rung["bits_per_dim"], rung["error"]))
-    last = {key: optimal[key] for key in ("bits_per_dim", "error")}
-    assert bound["chains"][20] == last == {key: bound[key] for key in last} and bound["n"] == 60
-    assert compare.mean_and_error(total) == pytest.approx(tuple(last.values()))
-    assert sum(bound["per_t"]) == pytest.approx(last["bits_per_dim"]) and len(bound["per_t"]) == 21
-    gain = bound["chains"][1]["bits_per_dim"] - last["bits_per_dim"]
-    assert bound["one_minus_all"][0] == pytest.approx(gain) and list(bound["chains"]) == [1, 2, 5, 10, 20]
-    # the network is asked once about each t, and for each of eight L_0 once more
-    assert sorted(t for n, t in asked if n == 60) == sorted([*range(1, 21), 1, 1, 1, 20, 10, 4, 2, 1])
+def test_the_parts_of_the_bound_and_the_whole_chain_are_one(toy):
+    model, _, _, found = toy
+    assert list(found["chains"]) == [1, 2, 5, 10, 20] and len(found["per t"]) == 21
+    whole = found["decoder"] + found["KL"]
+    assert whole == pytest.approx(found["chains"][20]) == pytest.approx(sum(found["per t"]))
+    entropy = -(0.95 * math.log2(0.95) + 0.05 * math.log2(0.05))
+    assert all(entropy - 0.03 < bits < 2 for bits in found["chains"].values())
+    assert found["chains"][20] < found["Ho"]
 
 
-def test_every_chain_is_that_of_its_own_steps_and_codes_in_no_less_than_the_entropy(ladder):
-    model, x_train, x, _, bound, _ = ladder
-    x_train, x = ddpm.to_model(x_train), ddpm.to_model(x)
-    entropy, one = -(0.95 * math.log2(0.95) + 0.05 * math.log2(0.05)), torch.ones(200, dtype=torch.int64)
-    for each in [*bound["variances"].values(), *bound["chains"].values()]:
-        assert each["bits_per_dim"] > entropy - 3 * each["error"]
-    for K in 1, 2, 5, 10:
-        chain = model.respace(K)  # other draws, asked of the chain itself
-        mse = chain.x0_errors(x_train).mean(0) / 64
-        chain.variance = chain.beta_tilde + chain.c_x0 ** 2 * mse
-        x0_hat = chain.predict_x0(chain.q_sample(x_train, one, torch.randn_like(x_train)), one)
-        chain.variance[1] = compare.fit_scale(x_train, x0_hat) ** 2
-        total, error = compare.mean_and_error(compare.bits(chain.vlb_terms(x), SHAPE).sum(1))
-        assert abs(bound["chains"][K]["bits_per_dim"] - total) < 4 * error
+def test_the_bound_is_that_of_ddpm_with_another_decoder_and_variance(toy, monkeypatch):
+    monkeypatch.setattr(common, "has_bfloat16", lambda device: False)
+    model, images, counted, found = toy
+    x0 = ddpm.to_model(images / 255)
+    torch.manual_seed(0)
+    errors = ddpm.x0_errors(model, x0)
+    mse = ddpm.x0_errors(model, ddpm.to_model(counted[:32] / 255)).mean(0) / 64
+    own = ddpm.vlb_terms(model, x0, errors).sum(1).mean().item()
+    assert found["Ho"] == pytest.approx(own / 64 / math.log(2), rel=1e-6)
+    for K in 2, 5, 20:
+        chain = model.respace(K)
+        chain.variance = chain.beta_tilde + chain.mu_x0**2 * mse[chain.tau]
+        expected = ddpm.vlb_terms(chain, x0, errors[:, chain.tau]) / 64 / math.log(2)
+        terms = compare.chain_bits(model, K, errors, mse, images, counted)
+        torch.testing.assert_close(terms[:, 1:], expected[:, 1:])
+        for factor in 0.9, 1.1:  # no other variance is better
+            other = model.respace(K)
+            other.variance = chain.variance * factor
+            worse = ddpm.vlb_terms(other, x0, errors[:, chain.tau]) / 64 / math.log(2)
+            assert worse[:, 1:].sum(1).mean() > terms[:, 1:].sum(1).mean()
+        # L_0 of a chain: pixels that are told right cost next to nothing
+        assert 0 < terms[:, 0].mean() < 0.4
 
 
-def test_the_optimal_variance_is_the_least_of_a_grid(ladder):
-    model, _, x, *_ = ladder
-    chain, errors = model.respace(20), model.x0_errors(ddpm.to_model(x))
-    optimal, t = compare.optimal_variance(chain, errors.mean(0) / 64), torch.arange(2, 21)
-    bounds = []
-    for factor in 0.9, 0.98, 1.0, 1.02, 1.1:
-        chain.variance = optimal * factor
-        bounds.append(chain.L_between(errors[:, 2:], t, 64).mean(0))
-    assert (torch.stack(bounds).argmin(0) == 2).all()
-
-
-# ---- reconstructions
-
-def test_wiener_is_the_conditional_mean_of_a_gaussian():
-    A = torch.randn(4, 4, dtype=F64)
-    mu, cov = torch.tensor([0.2, -0.5, 0, 0.7], dtype=F64), A @ A.T + 0.1 * torch.eye(4, dtype=F64)
-    x_train = gaussian(mu.tolist(), cov).view(-1, 1, 2, 2)
-    for a in 0.05, 0.5, 0.99:
-        xt = torch.randn(7, 1, 2, 2, dtype=F64)
-        # jointly normal: E[x_0|x_t] = μ + Cov(x_0, x_t) Var(x_t)^-1 (x_t - √ᾱ μ)
-        gain = a ** 0.5 * cov @ torch.linalg.inv(a * cov + (1 - a) * torch.eye(4, dtype=F64))
-        expected = mu + (xt.flatten(1) - a ** 0.5 * mu) @ gain.T
-        torch.testing.assert_close(compare.wiener(x_train, xt, a), expected.view_as(xt))
+# ---- reconstruction
 
 
 @pytest.mark.parametrize("steps, close", [(1000, 0.01), (100, 0.1)])
 def test_an_image_encoded_by_ddim_comes_back(steps, close):
     alpha_bar = ddpm.DDPM(None).alpha_bar
 
-    def best(xt, t):  # of x_0 ~ N(0, 0.5²)
+    def eps(xt, t):  # for x_0 ~ N(0, 0.5²)
         a = alpha_bar[t].view(-1, 1, 1, 1)
-        return a.sqrt() * 0.25 / (a * 0.25 + 1 - a) * xt
-    chain = ddpm.DDPM(best, predict="x0").respace(steps)
+        x0_hat = a.sqrt() * 0.25 / (a * 0.25 + 1 - a) * xt
+        return (xt - a.sqrt() * x0_hat) / (1 - a).sqrt()
+
+    chain = ddpm.DDPM(eps, clip=False).respace(steps)
     x0 = 0.5 * torch.randn(20, 1, 4, 4, dtype=F64)
     xT = compare.ddim_encode(chain, x0)
     # the flow of normals is a scaling: from the variance of x_1 to that of x_T
     first, last = chain.alpha_bar[[1, -1]] * 0.25 + 1 - chain.alpha_bar[[1, -1]]
     torch.testing.assert_close(xT, x0 * (last / first).sqrt(), rtol=close, atol=0)
-    a, later = chain.alpha_bar[1:-1], chain.alpha_bar[2:]  # the finite steps, from x_1 on, are known
-    step = ((later * a).sqrt() * 0.25 + ((1 - later) * (1 - a)).sqrt()) / (a * 0.25 + 1 - a)
-    torch.testing.assert_close(xT, x0 * step.prod(), rtol=1e-9, atol=0)
     *_, (_, back, _) = chain.trajectory(xT, eta=0)
     torch.testing.assert_close(back, x0, rtol=close, atol=0)
 
 
-def test_the_reconstructions_of_figure_2_are_picked_by_their_error(monkeypatch):
-    x, fade = torch.rand(300, 1, 4, 4), torch.rand(300)
-    labels, read = torch.randint(0, 10, (2, 300))
-    model = Namespace(encode=lambda x: (x, None), decode=lambda x: x * (1 - fade).view(-1, 1, 1, 1))
-    monkeypatch.setattr(compare, "look", lambda *_: (None, F.one_hot(read, 10)))
-    drawn = []
-    monkeypatch.setattr(common, "plot_rows", lambda rows, *_: drawn.extend(rows.values()))
-    said = compare.figure_reconstructions(model, None, x, labels, None, "")
-    wrong, right = (sorted(fade[which].tolist()) for which in (read != labels, read == labels))
-    ranks = (wrong, 0.99), (wrong, 0.1), (right, 0.1)
-    shown = [group[int(share * (len(group) - 1))] for group, share in ranks]
-    picks = [fade.tolist().index(each) for each in shown]
-    assert said["relative_error"] == pytest.approx([each ** 2 for each in shown], rel=1e-4)
-    assert said["class"] == labels[picks].tolist() and said["read_as"] == read[picks].tolist()
-    assert said["misread"] == pytest.approx(len(wrong) / 300)
-    torch.testing.assert_close(drawn, [x[picks], model.decode(x)[picks]])
+# ---- times and claims
+
+CURVE = [{"seconds": 10 * i, "frechet": f} for i, f in ((1, 90), (2, 30), (3, 24), (4, 20))]
 
 
-# ---- the rules of the verdicts
-
-def test_longer_to_converge_is_twice_as_long_between_all_points_of_the_curves():
-    falling = [[10, 101.0], [20, 51.0], [30, 13.1], [40, 13.0], [50, 11.5], [60, 11.0]]
-    assert compare.converged(falling, 1) == (30, 40)  # the excess ends at 10: 12 is within 20 %, 12.1 not
-    assert compare.converged(falling, 10.5) == (50, 60) and compare.converged(falling, -100) == (20, 30)
-    assert compare.converged([[5, 9.0], [10, 9.1]], 1) == (0.0, 5) == compare.converged([[5, 9.0]], 1)
-    assert compare.converged([[5, 3.0], [10, 9.0], [15, 3.0]], 1) == (10, 15)  # a relapse: it has to stay
-    assert compare.converged(falling, 11) is None and compare.converged([], 1) is None
-    for v, d, expected in (
-            ((10, 20), (40, 50), YES), ((10, 20), (39, 50), OPEN), ((10, 20), (0.0, 19), NO),
-            ((10, 20), (0.0, 20), OPEN), ((0.0, 20), (0.0, 1), OPEN), (None, (40, 50), OPEN),
-            ((10, 20), None, OPEN)):
-        assert compare.longer_to_converge(v, d) == expected
+def test_the_seconds_until_a_distance():
+    for distance, seconds in (100, 10), (30, 20), (29, 30), (20, 40), (19, None):
+        assert compare.seconds_until(CURVE, distance) == seconds
+    row = compare.training_numbers(CURVE, [{"seconds": 1, "frechet": 95.0}])
+    assert row[compare.EQUAL] == 10 and row[compare.OWN] == 30  # 24 = 1.2 · 20
+    assert row["training, s"] == 40 and row["s per epoch"] == 10 and row["epochs"] == 4
+    row = compare.training_numbers([{"seconds": 8.0}], [{"seconds": 1.0}])  # without a curve
+    assert row[compare.EQUAL] is None and row[compare.OWN] is None
 
 
-def numbers(**values):
-    row = {"precision": 0.8, "gray": 0.2, "degenerate": 0.2, "recall_short": 0.0, "class_off": 0.05} | values
-    return row | {f"{key}_error": 0.01 for key in row}
+@pytest.mark.parametrize(
+    "last, expected",
+    [(12, [1, 2, 3, 5, 7, 10, 12]), (31, [1, 2, 3, 5, 7, 10, 15, 20, 30, 31]), (1, [1])],
+)
+def test_the_epochs_of_the_curve(monkeypatch, last, expected):
+    monkeypatch.setattr(compare, "draw_samples", lambda *args: args)
+    yardstick = Namespace(n=7, seed=3, distance=lambda drawn: drawn)
+    watch = compare.watcher(yardstick, last, CPU)
+    seen = {epoch: watch("model", epoch) for epoch in range(1, last + 1)}
+    assert [epoch for epoch, row in seen.items() if row] == expected
+    assert seen[last] == {"frechet": ("model", 7, 3, CPU)}
 
 
-YES, NO, OPEN = "holds", "does not hold", "cannot tell"
-TURN = 0.01 * 2 ** 1.5  # two errors of a difference of two
+def test_verdicts_need_their_margin():
+    for gain, expected in (0.06, "holds"), (0.04, "about the same"), (-0.06, "does not hold"):
+        assert compare.verdict(gain, 0.05) == expected
+    for d, v, expected in (
+        (21, 10, "holds"),
+        (19, 10, "about the same"),
+        (10, 19, "about the same"),
+        (10, 21, "does not hold"),
+        (None, 10, "cannot tell"),
+        (10, None, "cannot tell"),
+    ):
+        assert compare.longer({"s": d}, {"s": v}, "s")[0] == expected
 
 
-@pytest.mark.parametrize("v, d, expected", [
-    (dict(precision=0.7, gray=0.3), dict(), YES),
-    (dict(precision=0.7, gray=0.02), dict(), YES),  # too sharp is no better than too gray
-    (dict(), dict(precision=0.7, gray=0.3), NO), (dict(precision=0.7), dict(gray=0.3), OPEN),
-    (dict(precision=0.7), dict(), OPEN), (dict(gray=0.3), dict(), OPEN), (dict(), dict(), OPEN),
-    (dict(precision=0.79 - TURN, gray=0.21 + 3 ** 0.5 * TURN), dict(), YES),
-    (dict(precision=0.81 - TURN, gray=0.3), dict(), OPEN),
-    (dict(precision=0.7, gray=0.19 + 3 ** 0.5 * TURN), dict(), OPEN)])
-def test_fidelity_is_precision_and_sharpness(v, d, expected):
-    assert compare.higher_fidelity(numbers(**v), numbers(**d), {"gray": 0.15, "gray_error": 0.01}) == expected
+def rows_of(d, v):
+    """Rows of a DDPM and both VAEs that have the same value in every column, and real digits."""
+    columns = [*compare.SAMPLES, compare.EQUAL, compare.OWN, "bits/dim"]
+    rows = {"DDPM": dict.fromkeys(columns, d)}
+    rows |= {name: dict.fromkeys(columns, v) for name in compare.VAES}
+    rows[compare.REAL] = dict.fromkeys(columns, 0.5)
+    return rows
 
 
-def test_degenerate_images_diversity_and_expressiveness_are_decided_by_two_standard_errors():
-    for of_v, expected in ((0.21 + TURN, YES), (0.19 + TURN, OPEN), (0.2, OPEN), (0.21 - TURN, OPEN),
-                           (0.19 - TURN, NO)):
-        assert compare.fewer_degenerate(numbers(degenerate=of_v), numbers()) == expected
-    for short, off, expected in (
-            (0.03, 0.0, YES), (-0.1, 0.08, YES), (0.03, 0.05, YES), (0.03, 0.08, YES), (-0.03, 0.02, NO),
-            (-0.03, 0.05, OPEN), (0.0, 0.02, OPEN), (0.01, 0.06, OPEN)):
-        assert compare.lacks_diversity(numbers(recall_short=short, class_off=off)) == expected
-    for steps, vae_minus_ddpm, expected in ((0.21, 0.21, YES), (-0.21, -0.21, NO), (0.19, 0.19, OPEN),
-                                            (0.21, 0.19, OPEN), (0.21, -0.21, OPEN), (0.19, 0.21, OPEN)):
-        assert compare.more_expressive((steps, 0.1), (vae_minus_ddpm, 0.1)) == expected
+def test_claims():
+    rows = rows_of(1.0, 1.0)
+    verdicts = [each["verdict"] for each in compare.claims(rows)]
+    same = "about the same"
+    times = f"to equal quality: {same}; to its own best: {same}"
+    assert verdicts == [same, same, "holds", times, "a procedure: no verdict", same]
+    rows = rows_of(0.5, 2.0)
+    verdicts = [each["verdict"] for each in compare.claims(rows)]
+    times = "to equal quality: does not hold; to its own best: does not hold"
+    assert verdicts[:4] == ["holds", "holds", same, times] and verdicts[5] == "holds"
+    rows = rows_of(2.0, 0.5)
+    rows["VAE, 20-D"]["bits/dim"] = 3.0  # the better one counts
+    verdicts = [each["verdict"] for each in compare.claims(rows)]
+    no = "does not hold"
+    assert verdicts[:3] == [no, no, "holds"] and verdicts[5] == no
+    rows = rows_of(0.9, 1.0)
+    rows["DDPM"]["by shape alone"] = 1.1  # what is won here is lost there
+    assert compare.claims(rows)[0]["verdict"] == no
+    for coverage, off, expected in (0.44, 0.5, "holds"), (0.5, 0.56, "holds"), (0.5, 0.5, same):
+        rows["DDPM"] |= {"coverage": coverage, "classes off by": off}
+        assert compare.claims(rows)[2]["verdict"] == expected
 
 
 # ---- all of it
 
-def flags(out, folder):
-    return [*"--device cpu --limit 200 --batch-size 100 --data-dir".split(), str(folder), "--out", str(out)]
+
+def flags(out, folder, *more):
+    given = ["--device", "cpu", "--limit", "200", "--batch-size", "100"]
+    return [*given, "--data-dir", str(folder), "--out", str(out), *more]
 
 
 @pytest.fixture(scope="module", autouse=True)
 def small():
-    """All sizes but those of the networks, and a chain of 10 steps."""
+    """Everything real but the sizes, and a chain of 60 steps."""
     with pytest.MonkeyPatch.context() as patch:
-        parse = ddpm.parse
-        patch.setattr(ddpm, "parse", lambda argv: Namespace(**vars(parse(argv)) | {"T": 10}))
-        patch.setitem(compare.SIZES, "cpu", {"bound": 16, "encoded": 20})
-        patch.setattr(compare, "STEPS", (2, 5))
-        patch.setattr(compare, "MOST", 120)
+        patch.setitem(ddpm.CHAIN, "T", 60)
+        patch.setitem(ddpm.RECIPES["short"], "width", 8)
+        patch.setitem(compare.BITS_OF, "cpu", 12)
         patch.setattr(compare, "CURVE", 60)
         yield
 
 
 @pytest.fixture(scope="module")
 def compared(tmp_path_factory, digits):
-    """The folder of a comparison of models of one epoch, and what it said."""
+    """The folder of a comparison of models of one epoch, and what it printed."""
     out = tmp_path_factory.mktemp("compared")
-    with contextlib.redirect_stdout(io.StringIO()) as said:
-        compare.main([*flags(out, digits), "--epochs", "1", "--seed", "7"])
-    return out, said.getvalue()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compare, "MOST", 120)
+        patch.setattr(compare, "STEPS", {"reader": 40, "critic": 5})
+        with contextlib.redirect_stdout(io.StringIO()) as said:
+            compare.main(flags(out, digits, "--epochs", "1", "--seed", "7"))
+        yield out, said.getvalue()
 
 
 @pytest.fixture
@@ -477,60 +468,39 @@ def results(compared):
 
 def test_the_results_are_complete_and_finite(results):
     json.dumps(results, allow_nan=False)
-    assert results["seed"] == 7 and results["torch"] == torch.__version__ and results["data"] == "mnist"
-    for row in results["noise"], results["vae"]["samples"], results["ddpm"]["samples"]:
-        assert row["n"] == 120 and all(f"{key}_error" in row for key in compare.METRICS)
-    for name, evaluations in ("vae", 1), ("ddpm", 10):
-        model = results[name]
-        assert model["settings"]["limit"] == 200 and len(model["training"]["curve"]) == 1
-        assert model["sampling"]["evaluations"] == evaluations and model["sampling"]["ms_alone"] > 0
-    assert list(results["others"]) == ["VAE, 20-D"] and results["seen"] == 120
-    assert results["few_steps"]["n"] == 60 and list(results["few_steps"]["ddpm"]["DDIM"]) == ["2", "5"]
-    one, many = (results[name]["bound"]["bits_per_dim"] for name in ("vae", "ddpm"))
-    assert results["difference"][0] == pytest.approx(one - many)
-    rms = results["encoded"]["rms"]
-    assert len(rms) == 9 and 0.2 < rms["all black"][0] < 0.5
+    assert results["seed"] == 7 and results["n"] == 120 and results["bits n"] == 12
+    rows = results["rows"]
+    assert list(rows) == [*compare.RUNS, compare.REAL, compare.TEST, "uniform noise"]
+    for name, row in rows.items():
+        missing = {"Fréchet distance", "coverage"} if name == compare.TEST else set()
+        assert row.keys() >= compare.SAMPLES.keys() - missing and not row.keys() & missing
+    for name in compare.RUNS:
+        assert rows[name].keys() >= {*compare.TIMES, "bits/dim"}
+        assert rows[name]["evaluations per sample"] == (50 if name == "DDPM" else 1)
+        assert rows[name]["epochs"] == 1 and rows[name]["ms per sample"] > 0
+        assert results["settings"][name]["limit"] == 200
+        assert "frechet" in results["histories"][name][0]
+        assert sum(results["classes"][name]) == pytest.approx(1)
+        parts = results["bits"][name]
+        assert parts["decoder"] + parts["KL"] == pytest.approx(parts["total"])
+        assert parts["total"] == rows[name]["bits/dim"]
+    assert list(results["bits"]["DDPM"]["chains"]) == ["1", "2", "5", "10", "20", "50", "60"]
 
 
-def test_the_report_is_written_from_results_json_alone(compared, results, tmp_path):
+def test_the_report_has_every_table_and_picture(compared, results):
     out, said = compared
-    compare.write_report(results, tmp_path)
-    report = (tmp_path / "report.md").read_text(encoding="utf-8")
+    report = (out / "report.md").read_text(encoding="utf-8")
+    compare.write_report(results, out)
     assert report == (out / "report.md").read_text(encoding="utf-8")
-    samples, claims = compare.sample_rows(results), compare.claims(results)
-    assert all(f"| {' | '.join(row)} |" in report for row in [*samples, *claims])
-    named = set(re.findall(r"\]\((.+?\.png)\)", report))
-    assert all((out / name).stat().st_size > 1000 for name in named) and "vae_latent.png" in named
-    assert all(claim in said and figure in named for claim, _, _, figure in claims)
-    tested = dict(zip(compare.METRICS, samples[4][1:]))  # the test images are not held against themselves
-    assert len(samples) == 6 and tested["frechet"] == tested["recall"] == tested["nearer"] == ""
-    results["vae"]["settings"]["latent_dim"] = 20  # as many as the other one has
-    rows = compare.sample_rows(results)
-    assert [row[0].split(", 1 epoch")[0] for row in rows[:3]] == ["VAE, 20-D", "DDPM", "VAE, 20-D"]
-    results["vae"]["settings"]["latent_dim"] = 5  # there are no maps of it
-    compare.write_report(results, tmp_path)
-    assert "vae_latent.png" not in (tmp_path / "report.md").read_text(encoding="utf-8")
-
-
-def test_the_claims_are_judged_by_the_rules(results):
-    def verdicts():  # one claim is a procedure, with no verdict
-        return [judged for _, _, judged, _ in compare.claims(results) if judged in (YES, NO, OPEN)]
-
-    vs, ds = results["vae"]["samples"], results["ddpm"]["samples"]
-    curves, floor = [results[name]["training"] for name in ("vae", "ddpm")], results["curve_floor"]
-    good = numbers(recall_short=-0.1, class_off=0.0, degenerate=0.0, gray=results["real"]["gray"])
-    bad = numbers(precision=0.3, gray=0.6, recall_short=0.1, degenerate=0.5)
-    quick = [[10, floor + 9], [20, floor + 1], [30, floor + 1]]
-    slow = [[seconds * 5, value] for seconds, value in quick]
-    for v, d, *two, gain, expected in ((bad, good, quick, slow, 1.0, [YES, YES, NO, YES, YES]),
-                                       (good, bad, slow, quick, -1.0, [NO, NO, YES, NO, NO])):
-        vs.update(v), ds.update(d)
-        for run, curve in zip(curves, two):
-            run["curve"] = curve
-        results["ddpm"]["bound"]["one_minus_all"] = results["difference"] = [gain, 0.1]
-        assert verdicts() == expected
-    curves[0]["curve"] = []  # trained by vae.py, without a curve
-    assert verdicts()[3] == OPEN
+    named = re.findall(r"\]\((.+?\.png)\)", report)
+    assert len(set(named)) >= 9
+    assert all((out / name).stat().st_size > 1000 for name in named)
+    for each in results["claims"]:
+        assert all(f"{value}" in report for value in each.values())
+        assert each["claim"] in said and each["figure"] in named
+    for name, row in results["rows"].items():
+        cells = [compare.SAMPLES[c].format(row[c]) if c in row else "" for c in compare.SAMPLES]
+        assert f"| {' | '.join([name, *cells])} |" in report
 
 
 @pytest.fixture
@@ -541,70 +511,99 @@ def copied(compared, tmp_path, monkeypatch):
         new.parent.mkdir(exist_ok=True)
         shutil.copy(path, new)
     for script in vae, ddpm:
-        monkeypatch.setattr(script, "draw", lambda *_: [])
-    monkeypatch.setattr(compare.Figure, "savefig", lambda *_, **__: None)
+        monkeypatch.setattr(script, "draw", lambda *_: None)
+    monkeypatch.setattr(compare, "draw_figures", lambda *_: None)
+    monkeypatch.setattr(compare, "draw_pictures", lambda *_: None)
     return tmp_path
 
 
-def test_the_curves_end_with_the_last_epoch(tmp_path, digits, monkeypatch):
-    def trained(script, given, device, watch):
-        given.epochs = 12  # as train fills it in
-        assert [epoch for epoch in range(1, 13) if watch(None, epoch)] == [*range(1, 11), 12]
-        raise KeyboardInterrupt
-    monkeypatch.setattr(compare, "trained", trained)
-    monkeypatch.setattr(compare, "draw_samples", lambda model, n, device: torch.rand(n, 1, 28, 28))
-    with pytest.raises(KeyboardInterrupt):
-        compare.main(flags(tmp_path, digits))
-
-
-def test_a_second_comparison_trains_nothing_and_says_the_same(compared, results, copied, digits):
-    compare.main([*flags(copied, digits), "--seed", "7"])
-    for name in "vae.pt", "ddpm.pt", "vae20/vae.pt":
-        assert (copied / name).read_bytes() == (compared[0] / name).read_bytes()
+def test_a_second_comparison_trains_nothing(results, copied, digits, monkeypatch):
+    for script in vae, ddpm:
+        monkeypatch.setattr(script, "train", lambda *_: pytest.fail("trained"))
+    compare.main(["--device", "cpu", "--data-dir", str(digits), "--out", str(copied)])
     again = json.loads((copied / "results.json").read_text(encoding="utf-8"))
-    for each in again, results:  # times are others
-        del each["seconds"], each["date"], each["vae"]["sampling"], each["ddpm"]["sampling"]
+    for each in again, results:  # sampling takes other times
+        del each["seconds"], each["date"]
+        for name in compare.RUNS:
+            del each["rows"][name]["ms per sample"]
     assert again == results
 
 
+def test_the_scripts_go_on_in_the_same_folder(copied, digits, monkeypatch, capsys):
+    monkeypatch.setattr(ddpm, "load", lambda *_: "finished")
+    for script in vae, ddpm:
+        script.main(["--device", "cpu", "--data-dir", str(digits), "--out", str(copied)])
+        assert "finished" in capsys.readouterr().out
+
+
 def change(path, **settings):
-    """Other settings in a checkpoint -> what was saved before."""
     saved = torch.load(path, weights_only=True)
     torch.save(saved | {"settings": saved["settings"] | settings}, path)
-    return saved
 
 
 def test_what_cannot_be_compared_is_refused_before_any_work(copied, digits, monkeypatch):
-    for place, name in (compare, "train_classifier"), (vae, "train"), (ddpm, "train"), (common, "load_data"):
-        monkeypatch.setattr(place, name, lambda *_: pytest.fail("went on"))
+    def fail(*_):
+        pytest.fail("went on")
+
+    for place, name in (compare, "Yardstick"), (vae, "train"), (ddpm, "train"):
+        monkeypatch.setattr(place, name, fail)
     (copied / "vae20/vae.pt").unlink()
-    for contradiction in ("epochs 1, not 2", "limit 200, not 300", "seed 7, not 8", "data mnist, not kmnist",
-                          "recipe short, not paper"):
-        name, _, _, value = contradiction.split()
-        with pytest.raises(common.InputError, match=contradiction) as error:
-            compare.main([*flags(copied, digits), f"--{name}", value])
-        assert "\n" not in str(error.value) and not (copied / "results.json").exists()
+    for flag, value, has in (
+        ("epochs", "2", "epochs 1"),
+        ("limit", "300", "limit 200"),
+        ("seed", "8", "seed 7"),
+        ("data", "kmnist", "data mnist"),
+        ("recipe", "paper", "recipe short"),
+    ):
+        with pytest.raises(common.InputError, match=has):
+            compare.main(flags(copied, digits, f"--{flag}", value))
     change(copied / "ddpm.pt", seed=8)
-    with pytest.raises(common.InputError, match="different seed"):
+    with pytest.raises(common.InputError, match="seed"):
+        compare.main(["--device", "cpu", "--out", str(copied)])
+    change(copied / "ddpm.pt", seed=7, limit=None)
+    with pytest.raises(common.InputError, match="limit"):
+        compare.main(["--device", "cpu", "--out", str(copied)])
+    with pytest.raises(common.InputError, match="no labels"):
+        compare.main(flags(copied / "new", digits, "--data", str(digits)))  # a folder
+    with pytest.raises(common.InputError, match="--sample"):
+        compare.main(flags(copied, digits, "--sample", "5"))
+    monkeypatch.setattr(common, "WORLD", 2)
+    with pytest.raises(common.InputError, match="torchrun"):
         compare.main(flags(copied, digits))
-    with pytest.raises(common.InputError, match="needs labels"):
-        compare.main([*flags(copied / "new", digits), "--data", str(digits)])  # a folder
 
 
-def test_what_is_left_out_is_that_of_the_checkpoints(copied, digits, monkeypatch):
-    for path in copied.rglob("*.pt"):
-        change(path, data="kmnist", seed=5, limit=150)
-    monkeypatch.setattr(common, "load_data", lambda *_: 1 / 0)  # as far as the data
-    args = compare.parse(["--data-dir", str(digits)])
-    with pytest.raises(ZeroDivisionError):
-        compare.measure(args, CPU, copied)
-    assert (args.data, args.seed, args.limit) == ("kmnist", 5, 150)
+@pytest.mark.parametrize(
+    "more, epochs",
+    [([], 30), (["--recipe", "paper"], 100), (["--epochs", "3"], 3)],
+)
+def test_both_vaes_have_the_same_epochs(tmp_path, more, epochs):
+    args = compare.parse(["--out", str(tmp_path), "--device", "cpu", *more])
+    runs = compare.open_runs(args, CPU)
+    for name, latent_dim in ("VAE, 2-D", 2), ("VAE, 20-D", 20):
+        run, saved = runs[name]
+        assert (run.epochs, run.latent_dim, saved) == (epochs, latent_dim, None)
+
+
+def test_what_is_left_open_is_as_in_the_checkpoints(copied):
+    (copied / "ddpm.pt").unlink()
+    (copied / "vae20/vae.pt").unlink()
+    change(copied / "vae.pt", data="kmnist", seed=5, limit=150)
+    args = compare.parse(["--out", str(copied), "--device", "cpu"])
+    runs = compare.open_runs(args, CPU)
+    for run in (args, *(run for run, _ in runs.values())):
+        assert (run.data, run.seed, run.limit) == ("kmnist", 5, 150)
+    assert runs["VAE, 20-D"][0].epochs == 1 and runs["DDPM"][0].epochs == 12
 
 
 def test_an_unfinished_model_is_gone_on_with(copied, digits):
-    before, = change(copied / "vae.pt", epochs=2)["history"]
-    given = compare.settings_for(vae, compare.parse(flags(copied, digits)), copied)
-    model = compare.trained(vae, given, CPU, lambda model, epoch: {"frechet": epoch + 0.5})
-    run = model.training_run
-    assert run["epochs"] == 2 == given.epochs and run["seconds"] > before["seconds"]
-    assert run["curve"] == [[before["seconds"], before["frechet"]], [run["seconds"], 2.5]]
+    change(copied / "vae.pt", epochs=2)
+    args = compare.parse(flags(copied, digits))
+    with pytest.raises(common.InputError, match="epochs"):  # the VAEs' are the same
+        compare.open_runs(args, CPU)
+    change(copied / "vae20/vae.pt", epochs=2)
+    run, saved = compare.open_runs(args, CPU)["VAE, 2-D"]
+    before = saved["history"]
+    watch = {"frechet": 1.5}
+    model, history = compare.trained("VAE, 2-D", run, saved, CPU, lambda *_: watch)
+    assert len(history) == 2 == run.epochs and history[0] == before[0]
+    assert history[1]["frechet"] == 1.5 and model.latent_dim == 2
