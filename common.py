@@ -143,7 +143,7 @@ def _picture(x, columns, title, gap=2, top=(), left=()):
     height, width, _ = pixels.shape
     zoom = max(1, min(4, 1200 // width, 60000 // height))  # matplotlib's limit: 65535
     figure = Figure(figsize=(width * zoom / 130, height * zoom / 130), dpi=130)
-    axes = figure.add_axes((0, 0, 1, 1))  # title and labels lie outside: _save makes room
+    axes = figure.add_axes((0, 0, 1, 1))  # title and labels lie outside
     axes.imshow(pixels, interpolation="nearest")
     axes.set_title(title)
     H, W = x.shape[2:]
@@ -165,7 +165,7 @@ def plot_grid(x, path, title, columns=10):
 
 
 def plot_rows(rows, path, title, columns=()):
-    """One row of images for each of rows, {label: x}; `columns` are labels on top."""
+    """One row of images for each of rows, {label: x}; columns: labels on top."""
     x = torch.cat([row.detach().cpu().float() for row in rows.values()])
     figure, _ = _picture(x, len(x) // len(rows), title, top=columns, left=list(rows))
     _save(figure, path)
@@ -211,7 +211,7 @@ def save_gif(panels, path, title, labels):
         file = io.BytesIO()
         figure.savefig(file, bbox_inches=frame)
         pictures.append(Image.open(file).convert("L" if len(images[0]) == 1 else "RGB"))
-    durations = [100] * (len(pictures) - 1) + [2000]  # ms, the last one to be looked at
+    durations = [100] * (len(pictures) - 1) + [2000]  # ms
     pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=durations, loop=0)
 
 
@@ -286,7 +286,7 @@ def share(order):
 
 @contextlib.contextmanager
 def fork_seed(seed, device):
-    """Random numbers from this seed inside; outside they go on as if none had been drawn."""
+    """Random numbers from this seed inside; outside they go on as before."""
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         yield
@@ -305,7 +305,7 @@ def autocast(device):
 
 
 def log(line):
-    """Prints a line, or a dict, above the progress bar, in the first process."""
+    """Prints a line, or a dict, above the bar, in the first process."""
     if isinstance(line, dict):
         values = {k: f"{v:.5g}" if isinstance(v, float) else v for k, v in line.items()}
         line = "  ".join(f"{name} {value}" for name, value in values.items())
@@ -437,7 +437,7 @@ def arguments(doc):
 
 
 def run(main):
-    """Calls main(); what the user can mend ends it with one line."""
+    """main(), which what the user can mend ends with one line."""
     sys.stdout.reconfigure(errors="replace")  # -h on a terminal without Greek letters
     try:
         main()

@@ -85,7 +85,7 @@ class VAE(nn.Module):
         return mu, logvar
 
     def reparameterize(self, mu, logvar, eps=None):
-        """A draw from q(z|x), like mu, passing the gradient on.  KW (4), report (18)"""
+        """A draw from q(z|x), like mu, with its gradient.  KW (4), report (18)"""
         if eps is None:
             eps = torch.randn_like(mu)
         sigma = (0.5 * logvar).exp()

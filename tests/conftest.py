@@ -15,7 +15,7 @@ def one_thread():
 
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory):
-    """A folder for --data-dir: MNIST's first 1,100 training and 600 test images, for a quick test loss."""
+    """A folder for --data-dir: MNIST's first 1,100 training and 600 test images."""
     raw = tmp_path_factory.mktemp("data") / "MNIST" / "raw"
     raw.mkdir(parents=True)
     for path in RAW.glob("*.gz"):
