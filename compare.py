@@ -569,7 +569,7 @@ TIMES = {
     EQUAL: "{:.0f}",
     OWN: "{:.0f}",
     EVALUATIONS: "{}",
-    "ms per sample": "{:.3f}",
+    "ms per sample": "{:.4f}",
 }
 BITS = dict.fromkeys(("decoder", "KL", "total"), "{:.3f}")
 
@@ -795,6 +795,8 @@ def main(argv=None):
     args = parse(argv)
     if common.WORLD > 1:
         raise common.InputError("one process compares: run it without torchrun")
+    if args.limit and args.limit < 100:
+        raise common.InputError(f"--limit {args.limit} is too few to compare by: give 100 or more")
     if args.sample:
         raise common.InputError("--sample is for vae.py and ddpm.py")
     started = time.perf_counter()

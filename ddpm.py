@@ -121,7 +121,7 @@ class DDPM(nn.Module):
         before = torch.cat([alpha_bar[:1], alpha_bar[:-1]])  # ᾱ_{t-1}, in entry 0 ᾱ_0
         alpha = alpha_bar / before
         beta = 1 - alpha
-        rest = (1 - alpha_bar).clamp(min=1e-300)  # 1 - ᾱ_t, without 0/0 in entry 0
+        rest = (1 - alpha_bar).clamp(min=1e-300)  # 1 - ᾱ_t, no 0/0 in entry 0
         beta_tilde = (1 - before) / rest * beta  # β̃_t   Ho (7)
         variance = beta.clone()  # σ_t²
         if sigma == "posterior" and self.T > 1:
@@ -176,7 +176,7 @@ class DDPM(nn.Module):
 
     def predict_x0(self, xt, t):
         """x̂_0(x_t, t), the guess at x_0 that ε_θ means: like xt.  Report (67)"""
-        noise = at(self.noise_rate, t, xt) * self.net(xt, self.tau[t])
+        noise = at(self.noise_rate, t, xt) * self.net(xt, self.tau[t])  # t unless respaced
         x0_hat = (xt - noise) / at(self.signal_rate, t, xt)  # Ho (15)
         return x0_hat.clamp(-1, 1) if self.clip else x0_hat
 
@@ -265,10 +265,9 @@ class DDPM(nn.Module):
         yield 0, xt, xt
 
     def sample(self, n, steps=None, eta=1.0):
-        """n images (n, C, H, W) in [0, 1] in `steps` network evaluations, by default T.
+        """n images (n, C, H, W) in [0, 1] in `steps` network evaluations, by default T, Ho's.
 
-        eta: 1 is ancestral, 0 deterministic (DDIM).  ValueError as in respace and trajectory.
-        Ho, Algorithm 2
+        eta: 1 is ancestral, 0 DDIM.  ValueError as in respace, trajectory.  Ho, Algorithm 2
         """
         common.check_range("n", n, 0)
         chain = self if steps is None else self.respace(steps)
@@ -452,8 +451,8 @@ def train(args, device, watch=None):
             if step % 50 == 0:
                 bar.set_description(f"DDPM, epoch {epoch}, loss {loss.item():.4g}")
 
-        seconds += time.perf_counter() - started
         row = {"epoch": epoch, "train_loss": total.item() / steps}
+        seconds += time.perf_counter() - started
         row |= {"test_loss": evaluate(ema, x_test, args.seed), "seconds": seconds}
         if watch:
             row |= watch(ema, epoch)

@@ -172,9 +172,9 @@ def train(args, device, watch=None):
     """
     path = Path(args.out) / "vae.pt"
     settings, saved = common.open_run(args, path, DEFAULTS)  # fills in args
+    x_train, _, x_test, _ = common.load_data(args, device)  # uint8 (N, C, H, W)
     if saved and len(saved["history"]) == args.epochs:
         return load(path, device), saved["history"]  # finished
-    x_train, _, x_test, _ = common.load_data(args, device)  # uint8 (N, C, H, W)
     settings["shape"] = list(x_train.shape[1:])
     torch.manual_seed(10**6 * args.seed)
     model = build(settings).to(device)
@@ -211,8 +211,8 @@ def train(args, device, watch=None):
             if step % 50 == 0:
                 bar.set_description(f"VAE, epoch {epoch}, loss {loss.item():.4g}")
 
-        seconds += time.perf_counter() - started
         reconstruction, kl = (total / steps).tolist()
+        seconds += time.perf_counter() - started
         row = {"epoch": epoch, "train_reconstruction": reconstruction, "train_kl": kl}
         reconstruction, kl = evaluate(model, x_test, args.seed)
         row |= {"test_reconstruction": reconstruction, "test_kl": kl, "seconds": seconds}
