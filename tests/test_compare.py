@@ -454,7 +454,6 @@ def compared(tmp_path_factory, digits):
     """The folder of a comparison of models of one epoch, and what it printed."""
     out = tmp_path_factory.mktemp("compared")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compare, "MOST", 120)
         patch.setattr(compare, "STEPS", {"reader": 40, "critic": 5})
         with contextlib.redirect_stdout(io.StringIO()) as said:
             compare.main(flags(out, digits, "--epochs", "1", "--seed", "7"))
@@ -468,7 +467,7 @@ def results(compared):
 
 def test_the_results_are_complete_and_finite(results):
     json.dumps(results, allow_nan=False)
-    assert results["seed"] == 7 and results["n"] == 120 and results["bits n"] == 12
+    assert results["seed"] == 7 and results["n"] == 50 and results["bits n"] == 12
     rows = results["rows"]
     assert list(rows) == [*compare.RUNS, compare.REAL, compare.TEST, "uniform noise"]
     for name, row in rows.items():
@@ -565,6 +564,8 @@ def test_what_cannot_be_compared_is_refused_before_any_work(copied, digits, monk
         compare.main(["--device", "cpu", "--out", str(copied)])
     with pytest.raises(common.InputError, match="no labels"):
         compare.main(flags(copied / "new", digits, "--data", str(digits)))  # a folder
+    with pytest.raises(common.InputError, match="too few"):
+        compare.main(flags(copied, digits, "--limit", "99"))
     with pytest.raises(common.InputError, match="--sample"):
         compare.main(flags(copied, digits, "--sample", "5"))
     monkeypatch.setattr(common, "WORLD", 2)
