@@ -490,10 +490,9 @@ def log_discretized_normal(x0, mean, sigma):
     low = torch.where(level == 0, -math.inf, low)  # δ_-(-1) = -∞   Ho (13)
     # Φ(high) - Φ(low) = Φ(-low) - Φ(-high), the more exact one in the upper tail
     upper = low > 0
-    low, high = torch.where(upper, -high, low), torch.where(upper, -low, high)
+    log_high = torch.special.log_ndtr(torch.where(upper, -low, high))
+    log_low = torch.special.log_ndtr(torch.where(upper, -high, low))
     # log(Φ(high) - Φ(low)) = log Φ(high) + log(1 - exp(log Φ(low) - log Φ(high)))
-    log_high = torch.special.log_ndtr(high)
-    log_low = torch.special.log_ndtr(low)
     log_mass = log_high + torch.log(-torch.expm1(log_low - log_high))
     return log_mass.flatten(1).sum(1)  # Ho (13)
 
