@@ -153,11 +153,11 @@ class DDPM(nn.Module):
             self.register_buffer(name, table, persistent=False)
 
     def _apply(self, fn, recurse=True):
-        """What .to() and .bfloat16() call: float64 tables follow the device, no precision."""
+        """What .to() and .bfloat16() call: tables follow the device, but keep their precision."""
+        tables = set(self.buffers())
 
         def keep(x):
-            is_table = x.dtype == torch.float64 and not isinstance(x, nn.Parameter)
-            return x.to(fn(x).device) if is_table else fn(x)
+            return x.to(fn(x).device) if x in tables else fn(x)
 
         return super()._apply(keep, recurse)
 

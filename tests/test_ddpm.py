@@ -250,7 +250,7 @@ def test_focused_times_have_the_distribution_that_is_said():
 
 @BOTH_SIGMAS
 def test_vlb_terms_are_the_kl_divergences(sigma):
-    model, seen = spied(sigma)
+    model, seen = spied(sigma, T=50)
     x0 = levels(5, *TINY)
     terms = model.vlb_terms(x0)
     assert terms.shape == (5, model.T + 1) and terms.min() >= 0
@@ -267,7 +267,7 @@ def test_vlb_terms_are_the_kl_divergences(sigma):
         close(terms[:, s - 1], L, rtol=1e-8)
     a = linear(model.T)[1][-1]
     L_T = kl_divergence(Normal(a.sqrt() * x0, (1 - a).sqrt()), Normal(0.0, 1.0))
-    close(terms[:, -1], L_T.flatten(1).sum(1), rtol=1e-7, atol=1e-10)  # the oracle's cancellation
+    close(terms[:, -1], L_T.flatten(1).sum(1), rtol=1e-7)  # the oracle cancels
 
 
 @pytest.mark.parametrize("mean", [-1.5, -1.0, -0.999, 0.0, 0.3, 1.0, 1.5])
