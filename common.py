@@ -47,7 +47,7 @@ def load_data(args, device):
     """The data of --data, on device -> x_train, y_train, x_test, y_test.
 
     x (N, C, H, W) uint8; y (N,) int64, labels, None for a folder of pictures.  x_train has the
-    first args.limit.  Raises InputError where there are none, or damaged ones.
+    first args.limit.  InputError where they are missing or damaged.
     """
     if args.data in SETS:
         data = _read_set(args.data, args.data_dir)
@@ -66,7 +66,7 @@ def load_data(args, device):
 @functools.lru_cache
 def _read_set(name, root):
     if LOCAL_RANK > 0:
-        dist.barrier()  # one process of a machine unpacks the files before others read them
+        dist.barrier()  # one process of a machine unpacks the files first
     data = []
     socket.setdefaulttimeout(20)  # seconds: a dead network is an error, not a wait
     try:
@@ -74,8 +74,9 @@ def _read_set(name, root):
             with contextlib.redirect_stdout(io.StringIO()):  # of a download's progress
                 part = SETS[name](root, train=train, download=True)
             assert len(part.data) == len(part.targets), "labels of other images"
+            assert part.targets.max() < 10, "labels above 9"
             data += [part.data[:, None], part.targets]  # (N, 1, H, W), (N,)
-    except Exception as error:  # no network, full disk, cut file: torchvision has many types
+    except Exception as error:  # no network, full disk, cut file, ...
         folder = Path(root) / SETS[name].__name__ / "raw"
         raise InputError(
             f"cannot read or download {name} ({error}): put its original files, and no others, "
@@ -110,6 +111,7 @@ def _read_folder(folder, size, seed):
     """All pictures below folder, a tenth held out -> as load_data."""
     known = (*datasets.folder.IMG_EXTENSIONS, ".gif")
     paths = [path for path in sorted(folder.rglob("*")) if path.suffix.lower() in known]
+    paths = [path for path in paths if not path.name.startswith(("vae_", "ddpm_"))]  # drawn here
     found = [_read_picture(path, size) for path in tqdm(paths, "reading", disable=RANK > 0)]
     good = [pixels for pixels in found if not isinstance(pixels, str)]
     bad = [f"{p} ({why})" for p, why in zip(paths, found, strict=True) if isinstance(why, str)]
@@ -238,7 +240,7 @@ def in_own_dtype(module, x):
 
 
 def pick_device(name):
-    """auto, cpu, cuda or cuda:N -> torch.device.  Raises InputError if there is none."""
+    """auto, cpu, cuda or cuda:N -> torch.device.  InputError if there is none."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda":
@@ -316,14 +318,14 @@ def log(line):
 # ---- the same command goes on: a run's settings and its checkpoint
 
 DEFAULTS = {"data": "mnist", "size": 32, "limit": None, "seed": 0}  # of all scripts
-VERSION = ", edition 3"  # of a checkpoint: changes when older ones would not fit
+VERSION = ", edition 3.1"  # of a checkpoint: changes when older ones would not fit
 
 
 def open_run(args, path, defaults):
     """Fills in what args leave open: as in the checkpoint, if there is one, else the defaults.
 
-    -> the settings, a dict, and the checkpoint or None.  Raises InputError where a flag
-    contradicts the checkpoint, and for --sample without one.
+    -> the settings, a dict, and the checkpoint or None.  InputError where a flag contradicts it,
+    and for --sample without one.
     """
     saved = load_checkpoint(path, path.stem) if path.exists() or args.sample else None
     settings = dict(saved["settings"] if saved else defaults)
@@ -351,8 +353,8 @@ def restore(saved, **parts):
 def save_checkpoint(path, settings, history, **parts):
     """Replaces `path` in one step, or leaves it as it was; the first process alone writes.
 
-    parts: what has a state_dict, model among them.  Raises InputError where the disk is full, or
-    the last epoch's losses or the weights are not finite.
+    parts: what has a state_dict, model among them.  InputError where the disk is full, or the last
+    losses or weights are not finite.
     """
     values = [torch.tensor(list(history[-1].values())), *parts["model"].parameters()]
     if not all(value.isfinite().all() for value in values):
@@ -374,7 +376,7 @@ def save_checkpoint(path, settings, history, **parts):
 def load_checkpoint(path, kind):
     """The checkpoint of save_checkpoint, on the CPU -> dict.  Runs no code that a file carries.
 
-    Raises InputError for a file that is missing, damaged, foreign or of another kind.
+    InputError for a file that is missing, damaged, foreign or of another kind.
     """
     if not Path(path).exists():
         raise InputError(f"no checkpoint {path}: train first, or say with --out where it is")
@@ -383,7 +385,7 @@ def load_checkpoint(path, kind):
             raise zipfile.BadZipFile
         saved = torch.load(path, map_location="cpu", weights_only=True)
         found = saved["kind"]
-    except Exception as error:  # damage has many types: UnpicklingError, RuntimeError, EOFError
+    except Exception as error:  # damage has many types
         raise InputError(f"{path} is damaged ({error!r:.80}): delete it and train anew") from None
     if found != kind + VERSION:
         raise InputError(f"{path} is {found!r:.80}, not {kind + VERSION}: choose another --out")
@@ -416,7 +418,7 @@ def number(kind, low, high):
 
 
 def arguments(doc):
-    """An ArgumentParser with the flags that all scripts share; `doc` is for -h."""
+    """An ArgumentParser with the flags that all scripts share."""
     style = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=doc, formatter_class=style)
     parser.error = lambda message: parser.exit(2, f"error: {message}\n")  # -h has the usage

@@ -2,7 +2,7 @@
 
 Ho is Ho, Jain & Abbeel 2020, "Denoising Diffusion Probabilistic Models" (arXiv:2006.11239), report
 the course report whose experiment this redoes (README.md).  q adds noise to an image x_0 in T
-fixed steps; p takes it away in T learned ones, and is trained to raise a bound on log p(x_0):
+fixed steps; p takes it away in T learned ones, trained to raise a bound on log p(x_0):
 
     -log p(x_0)  <=  L_T + Σ_{t=2..T} L_{t-1} + L_0     Ho (3) and (5), report (54) and (64)
     L_T     = KL(q(x_T|x_0) || N(0, I))
@@ -117,7 +117,6 @@ class DDPM(nn.Module):
         self.clip = clip
         self.shape = tuple(shape)
 
-        # every table is (T+1,)
         before = torch.cat([alpha_bar[:1], alpha_bar[:-1]])  # ᾱ_{t-1}, in entry 0 ᾱ_0
         alpha = alpha_bar / before
         beta = 1 - alpha
@@ -127,7 +126,7 @@ class DDPM(nn.Module):
         if sigma == "posterior" and self.T > 1:
             variance = beta_tilde.clone()
             variance[1] = beta_tilde[2]  # β̃_1 = 0 cannot be a decoder's
-        variance[0] = 1  # of no step
+        variance[0] = 1
         weights = {
             "simple": torch.ones_like(beta),  # Ho (14), report (74)
             "bound": beta**2 / (2 * variance * alpha * rest),  # Ho (12), report (73)
@@ -191,8 +190,6 @@ class DDPM(nn.Module):
         mean, _ = self.q_posterior(x0_hat, xt, t)  # μ_θ(x_t, t)   Ho (7) and (11)
         return mean, at(self.variance, t, xt)
 
-    # The loss.
-
     def loss(self, x0, t=None, eps=None):
         """mean(w_t ‖ε - ε_θ(x_t, t)‖²) per pixel: x0 (B, C, H, W) -> scalar.
 
@@ -217,7 +214,7 @@ class DDPM(nn.Module):
     def respace(self, steps):
         """The chain that visits only `steps` of the T times, tau, as a DDPM of its own.
 
-        q(x_t|x_0) stays what it was at these times, so the network need not be trained anew.
+        q(x_t|x_0) stays what it was there, so the network need not be trained anew.
         ValueError unless steps is in 1 ... T.
         Nichol & Dhariwal 2021, section 4; Song et al. 2021, section 4.2 and appendix D.2
         """
@@ -309,8 +306,8 @@ class Block(nn.Module):
 class UNet(nn.Module):
     """ε_θ(x_t, t): (B, channels, H, W), (B,) -> like xt.  ValueError unless 4 divides H and W.
 
-    width channels at half the resolution, 2x2 pixels being folded into channels, and twice as many
-    at a quarter: 14 x 14 and 7 x 7 for a digit.  schedule and T are the chain's.
+    width channels at half the resolution, 2x2 pixels being folded into channels, twice as many at
+    a quarter: 14 x 14 and 7 x 7 for a digit.  schedule and T are the chain's.
     """
 
     def __init__(self, channels=1, width=64, T=1000, schedule="linear"):
@@ -324,6 +321,7 @@ class UNet(nn.Module):
         self.pool = nn.Conv2d(width, 2 * width, 3, stride=2, padding=1)
         self.middle1 = Block(2 * width, 2 * width, embed)
         self.middle2 = Block(2 * width, 2 * width, embed)
+        self.middle3 = Block(2 * width, 2 * width, embed)
         self.unpool = nn.Conv2d(2 * width, width, 3, padding=1)
         self.join = Block(2 * width, width, embed)
         self.up = Block(width, width, embed)
@@ -345,10 +343,10 @@ class UNet(nn.Module):
         e = self.time(e.to(dtype))  # (B, embed)
         # ε, were each pixel black or white, as most are: near these it grows with x_t by
         # 1/√(1-ᾱ_t), 100 at t = 1, which is hard to learn
-        signal = at(self.signal_rate, t, xt)
-        noise = at(self.noise_rate, t, xt)
-        black = ((xt + signal) / noise).clamp(-3, 3)
-        white = ((xt - signal) / noise).clamp(-3, 3)
+        signal_rate = at(self.signal_rate, t, xt)
+        noise_rate = at(self.noise_rate, t, xt)
+        black = ((xt + signal_rate) / noise_rate).clamp(-3, 3)
+        white = ((xt - signal_rate) / noise_rate).clamp(-3, 3)
         h = torch.cat([xt, black, white], dim=1)  # (B, 3 channels, H, W)
         h = F.pixel_unshuffle(h.to(dtype), 2)  # (B, 12 channels, H/2, W/2)
         h = h.contiguous(memory_format=torch.channels_last)  # fast convolutions
@@ -357,13 +355,14 @@ class UNet(nn.Module):
         h = self.pool(skip)  # (B, 2 width, H/4, W/4)
         h = self.middle1(h, e)
         h = self.middle2(h, e)
+        h = self.middle3(h, e)
         h = self.unpool(F.interpolate(h, scale_factor=2))  # (B, width, H/2, W/2)
         h = self.join(torch.cat([h, skip], dim=1), e)
         h = self.up(h, e)
         h = self.leave(F.silu(self.norm(h)))  # (B, 4 channels, H/2, W/2)
         v = F.pixel_shuffle(h, 2).to(xt.dtype)  # (B, channels, H, W)
         # at large t, x_t is nearly ε: what is left to learn is v
-        return noise * xt + signal * v
+        return noise_rate * xt + signal_rate * v
 
 
 # ---- training
@@ -373,6 +372,8 @@ RECIPES = {
     "paper": {"loss": "simple", "times": "uniform", "width": 64, "epochs": 100, "lr": 1e-3},
     # minutes on two CPU cores
     "short": {"loss": "v", "times": "focused", "width": 32, "epochs": 12, "lr": 4e-3},
+    # better digits in as many epochs
+    "best": {"loss": "v", "times": "focused", "width": 64, "epochs": 100, "lr": 1e-3},
 }
 CHAIN = {"T": 1000, "schedule": "linear", "sigma": "posterior", "batch_size": 64}
 WARM_UP = 0.02  # share of the run in which the learning rate rises
@@ -410,18 +411,18 @@ def train(args, device, watch=None):
     settings["shape"] = list(x_train.shape[1:])
     torch.manual_seed(10**6 * args.seed)
     model = build(settings).to(device)
-    ema = copy.deepcopy(model).requires_grad_(False).eval()  # the moving average of the weights
+    ema = copy.deepcopy(model).requires_grad_(False).eval()  # averages of the weights
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=True)
     history = common.restore(saved, model=model, ema=ema, optimizer=optimizer)
     averages = list(ema.parameters())
-    weights = [p.detach() for p in model.parameters()]
+    parameters = [p.detach() for p in model.parameters()]
     loss_of = common.wrap(model, args)  # its forward
 
     N = len(x_train)
     B = min(args.batch_size, N)
     steps = N // B
     seconds = history[-1]["seconds"] if history else 0.0
-    common.log(f"recipe {args.recipe}; for the other, give --recipe and another --out")
+    common.log(f"recipe {args.recipe}; for another, give --recipe and --out")
     common.log({"DDPM on": device, "steps an epoch": steps, **settings})
     bar = tqdm(total=steps * args.epochs, initial=steps * len(history), disable=common.RANK > 0)
     for epoch in range(len(history) + 1, args.epochs + 1):
@@ -430,8 +431,8 @@ def train(args, device, watch=None):
         torch.manual_seed(10**6 * args.seed + epoch)  # the same after a stop
         order = torch.randperm(N, device=device)[: steps * B].view(steps, B)
         for step, batch in enumerate(common.share(order)):  # Algorithm 1, line 1
-            before = (epoch - 1) * steps + step  # steps of the run before this one
-            done = (before + 0.5) / (steps * args.epochs)  # share of the run
+            past = (epoch - 1) * steps + step  # steps of the run before this one
+            done = (past + 0.5) / (steps * args.epochs)  # share of the run
             warm_up = min(1, done / WARM_UP)
             decay = 0.5 * (1 + math.cos(math.pi * done))
             optimizer.param_groups[0]["lr"] = args.lr * warm_up * decay
@@ -445,7 +446,7 @@ def train(args, device, watch=None):
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            torch._foreach_lerp_(averages, weights, 1 / (1 + AVERAGED * before))
+            torch._foreach_lerp_(averages, parameters, 1 / (1 + AVERAGED * past))
             total += loss.detach()
             bar.update()
             if step % 50 == 0:
@@ -544,7 +545,7 @@ DDPM.vlb_terms = vlb_terms  # a method that reads better down here
 
 
 def samples(model, n, steps=None, eta=1.0):
-    """DDPM.sample, 500 at a time, with a bar where it takes long; steps: by default 50."""
+    """DDPM.sample, 500 at a time, with a bar; steps: by default 50."""
     steps = min(steps or 50, model.T)
     counts = [500] * (n // 500) + [n % 500]
     with common.autocast(model.beta.device):
@@ -571,7 +572,7 @@ def draw(model, history, args, device):
     xt = torch.randn(1, *model.shape, device=device)
     with common.autocast(device):
         frames = list(chain.trajectory(xt, args.eta))
-    frames = frames[: -1 : math.ceil(chain.T / 50)] + frames[-1:]  # x_T, some between, x_0
+    frames = frames[: -1 : math.ceil(chain.T / 50)] + frames[-1:]  # x_T ... x_0
     steps, noisy, guess = zip(*frames, strict=True)
     times = [f"t = {chain.tau[step]}" for step in steps]
     panels = {"$x_t$": to_image(torch.cat(noisy)), "$\\hat{x}_0$": to_image(torch.cat(guess))}
@@ -581,9 +582,8 @@ def draw(model, history, args, device):
     common.plot_rows(rows, out / "ddpm_trajectory.png", title, times[::5])
 
     curves = {f"training, t {args.times}": "train_loss", "test, averaged weights": "test_loss"}
-    common.plot_curves(
-        history, curves, out / "ddpm_loss.png", name, f"loss {args.loss}, per pixel"
-    )
+    path = out / "ddpm_loss.png"
+    common.plot_curves(history, curves, path, name, f"loss {args.loss}, per pixel")
 
 
 def load(path, device="cpu"):
@@ -596,16 +596,14 @@ def parse(argv):
     parser = common.arguments(__doc__)
     add = parser.add_argument
     number = common.number
-    add(
-        "--recipe", choices=list(RECIPES), help="defaults of a GPU (paper) or of a CPU (short) for"
-    )
+    add("--recipe", choices=list(RECIPES), help="other defaults (GPU: paper, CPU: short)")
     add("--loss", choices=LOSSES, help="weight of each t in the loss")
     add("--times", choices=TIMES, help="how t is drawn in training")
-    add("--width", type=number(int, 4, 1024), help="channels of the U-Net, and epochs, lr")
+    add("--width", type=number(int, 4, 1024), help="channels of the U-Net")
     add("--T", type=number(int, 2, 10000), help="steps of the chain (1000)")
     add("--schedule", choices=SCHEDULES, help="of the noise (linear)")
     add("--sigma", choices=SIGMAS, help="σ_t²: β̃_t or β_t (posterior); η²β̃_t for --eta below 1")
-    add("--steps", type=number(int, 1, 10000), help="evaluations a sample takes, at most T (50)")
+    add("--steps", type=number(int, 1, 10000), help="evaluations per sample (50)")
     add("--eta", type=number(float, 0, 1), default=1.0, help="1: ancestral sampling, 0: DDIM (1)")
     return parser.parse_args(argv)
 

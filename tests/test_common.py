@@ -84,6 +84,8 @@ def test_damaged_files_are_refused_with_their_folder(tmp_path, raw):
             (raw / file).write_bytes(content)
             refused(lambda: load_data("mnist", tmp_path), raw, "original files")
         (raw / file).write_bytes(whole)
+    (raw / file).write_bytes(whole[:-1] + b"\n")
+    refused(lambda: load_data("mnist", tmp_path), raw, "labels above 9")
     shutil.copy(raw / "t10k-labels-idx1-ubyte", raw / "train-labels-idx1-ubyte")  # 600 for 1,100
     refused(lambda: load_data("mnist", tmp_path), raw, "original files")
 
@@ -195,7 +197,8 @@ def test_pictures_that_cannot_be_read_are_skipped_and_named(tmp_path, capsys):
     checksum = zlib.crc32(good[12:16] + size + good[24:29]).to_bytes(4, "big")
     huge = good[:16] + size + good[24:29] + checksum + good[33:]
     bad = {"bad.jpg": b"\x89PNG nothing", "half.png": good[:-40], "huge.png": huge}
-    x = pictures(tmp_path, bad | {"notes.txt": b"", "a.png": good, "b.png": good})
+    other = {"notes.txt": b"", "own/ddpm_samples.png": good, "own/vae_latent.png": good}
+    x = pictures(tmp_path, bad | other | {"a.png": good, "b.png": good})
     assert x.shape == (2, 1, 32, 32)
     out = capsys.readouterr().out
     assert "skipped 3 of 5" in out and out.count("\n") == 1 and "400000000 pixels" in out

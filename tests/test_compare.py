@@ -217,15 +217,15 @@ def test_the_histogram_is_a_distribution_over_256_levels():
 
 def test_the_histogram_comes_within_a_hundredth_of_the_true_decoder():
     sigma = 0.2
-    mean = torch.rand(300, 1, 28, 28)
+    mean = torch.rand(2050, 1, 28, 28)  # as many as counted of the data
     x0 = 2 * mean - 1 + sigma * torch.randn_like(mean)
     images = ((x0 + 1) * 127.5).round().clamp(0, 255).byte()
-    means = dict(zip(("counted", "images"), (mean[:250], mean[250:]), strict=True))
-    counted = images[:250]
-    images = images[250:]
+    means = {"counted": iter(mean[:2000].split(500)), "images": mean[2000:]}
+    counted = images[:2000]
+    images = images[2000:]
 
     def mean_of(part):  # in parts of up to 500
-        return means["counted"] if len(part) == 250 else means["images"]
+        return next(means["counted"]) if len(part) == 500 else means["images"]
 
     bits = compare.decoder_bits(mean_of, images, counted)
     p = Normal(2 * means["images"].double() - 1, sigma)
@@ -255,12 +255,12 @@ def test_the_bits_of_the_vae_are_its_kl_and_those_of_the_counts(mnist):
     kl = kl_divergence(Normal(mu, (logvar / 2).exp()), Normal(0.0, 1.0)).sum(1).mean()
     assert found["KL"] == pytest.approx(kl.item() / 784 / math.log(2), rel=1e-4)
     torch.manual_seed(3)  # first the counted ones, then the images
-    counts = torch.full((40, 256), 0.1, dtype=F64)
+    counts = torch.full((256, 256), 0.1, dtype=F64)
     nats = 0
     for part in counted, images:
         mu, logvar = model.encode(part / 255)
         mean = model.decode(mu + (logvar / 2).exp() * torch.randn(len(part), 2))
-        bins = [min(39, int(40 * value)) for value in mean.flatten().tolist()]
+        bins = [min(255, int(256 * value)) for value in mean.flatten().tolist()]
         for b, level in zip(bins, part.flatten().tolist(), strict=True):
             if len(part) == 40:
                 counts[b, level] += 1
@@ -292,7 +292,7 @@ def toy():
     """A chain of 20 steps, images of black and white, and what is said of their bits."""
     torch.manual_seed(0)
     model = ddpm.DDPM(BlackAndWhite(20), T=20, shape=SHAPE)
-    counted = 255 * (torch.rand(300, *SHAPE) < 0.95).byte()
+    counted = 255 * (torch.rand(2000, *SHAPE) < 0.95).byte()
     images = 255 * (torch.rand(80, *SHAPE) < 0.95).byte()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(common, "has_bfloat16", lambda device: False)
@@ -400,7 +400,8 @@ def test_verdicts_need_their_margin():
 
 def rows_of(d, v):
     """Rows of a DDPM and both VAEs that have the same value in every column, and real digits."""
-    columns = [*compare.SAMPLES, compare.EQUAL, compare.OWN, "bits/dim"]
+    times = [compare.EQUAL, compare.OWN, compare.EVALUATIONS]
+    columns = [*compare.SAMPLES, *times, "bits/dim", compare.SAMPLED]
     rows = {"DDPM": dict.fromkeys(columns, d)}
     rows |= {name: dict.fromkeys(columns, v) for name in compare.VAES}
     rows[compare.REAL] = dict.fromkeys(columns, 0.5)

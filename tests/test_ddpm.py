@@ -690,12 +690,16 @@ def test_training_is_algorithm_1(digits, tmp_path, quick, recipe, times):
 
 SHORT = "--loss=v --times=focused --width=32 --epochs=12 --lr=4e-3 --T=1000 --schedule=linear"
 SHORT += " --sigma=posterior --batch-size=64"
-PAPER = SHORT + " --loss=simple --times=uniform --width=64 --epochs=100 --lr=1e-3"
+BEST = SHORT + " --width=64 --epochs=100 --lr=1e-3"
+PAPER = BEST + " --loss=simple --times=uniform"
 OTHER = "--loss=bound --times=uniform --width=4 --epochs=7 --lr=0.5 --T=30 --schedule=cosine"
 OTHER += " --sigma=beta --batch-size=5"
 
 
-@pytest.mark.parametrize("given, meant", [("", SHORT), ("--recipe=paper", PAPER), (OTHER, OTHER)])
+@pytest.mark.parametrize(
+    "given, meant",
+    [("", SHORT), ("--recipe=paper", PAPER), ("--recipe=best", BEST), (OTHER, OTHER)],
+)
 def test_recipes_are_defaults_and_flags_win(monkeypatch, digits, tmp_path, capsys, given, meant):
     drawn = []
 
