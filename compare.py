@@ -1,11 +1,11 @@
 """The comparison of the course report, measured: a VAE and a DDPM beside real digits.
 
-Trains a DDPM and VAEs with 2 and 20 latent numbers (these in OUT/vae20), or goes on with them;
-writes report.md, results.json and figures into OUT.
+Trains a DDPM and VAEs of 2 and of 20 latents (OUT/vae20), or goes on with them, and writes
+report.md, results.json and figures into OUT.
 
-  python compare.py                                       with the defaults of ddpm.py
-  python compare.py --recipe paper                        Ho's and the report's objective, epochs
-  python compare.py --limit 4000 --epochs 2 --out quick   a quick look
+  python compare.py                  with the defaults of ddpm.py
+  python compare.py --recipe paper   Ho's and the report's objective, epochs
+  python compare.py --limit 4000 --epochs 2 --out quick
 """
 
 import copy
@@ -52,8 +52,7 @@ VAES = ("VAE, 2-D", "VAE, 20-D")
 def open_runs(args, device):
     """What train is to be given for each model: {name: (args, checkpoint or None)}.
 
-    Fills in what args leave open, as in a checkpoint, if any.  Raises InputError where a flag or a
-    run contradicts another.
+    Fills in what args leave open, as in a checkpoint.  InputError where flags or runs contradict.
     """
     out = Path(args.out)
     runs = {}
@@ -120,7 +119,7 @@ def draw_samples(model, n, seed, device):
 
 def timed_samples(model, n, seed, device):
     """draw_samples, and the ms that each took."""
-    draw_samples(model, min(n, 100), seed, device)  # a warm-up
+    draw_samples(model, n if isinstance(model, vae.VAE) else 1, seed, device)  # a warm-up
     started = time.perf_counter()
     images = draw_samples(model, n, seed, device)
     images.sum().item()  # waits until a GPU has finished
@@ -144,6 +143,15 @@ def seconds_until(history, distance):
     """Seconds of training until the Fréchet distance was first this or less; None if never."""
     seconds = [row["seconds"] for row in history if row.get("frechet", math.inf) <= distance]
     return min(seconds, default=None)
+
+
+def without_wait(history):
+    """The history without the seconds that its first epoch waited for the compiler."""
+    if len(history) < 2:
+        return history
+    first, second = [row["seconds"] for row in history[:2]]
+    wait = max(0, 2 * first - second)
+    return [{**row, "seconds": row["seconds"] - wait} for row in history]
 
 
 def training_numbers(history, vae_history):
@@ -335,8 +343,7 @@ def position_bits(images, counted):
 def decoder_bits(mean_of, images, counted):
     """-log p(images | mean) in bits/dim, (B,), by a histogram for each bin of the mean.
 
-    mean_of: images -> the model's means in [0, 1] after one draw of the latents.  One normal
-    around them would be a poor decoder: most pixels are black.
+    mean_of: images -> the model's means in [0, 1] after one draw of the latents.
     """
 
     def bins_of(part):
@@ -395,7 +402,7 @@ def ddpm_bits(model, images, counted, seed):
             terms = chain_bits(model, K, errors, mse, images, counted).mean(0).tolist()
             chains[K] = sum(terms)
     L_0, *rest = terms  # of the whole chain
-    return {"decoder": L_0, "KL": sum(rest), "per t": terms, "chains": chains, "Ho": own}
+    return {"decoder": L_0, "KL": sum(rest), "chains": chains, "Ho": own}
 
 
 # ---- figures
@@ -476,15 +483,15 @@ def figure_2(model, yardstick, images, labels, out, title):
     common.plot_rows(rows, out / "figure2_reconstructions.png", title, names)
 
 
-def plot_lines(lines, levels, path, title, xlabel, ylabel):
-    """Lines {label: (x, y)} and horizontal ones {label: y} on logarithmic axes."""
+def plot_lines(lines, levels, path, title, xlabel, ylabel, yscale="log"):
+    """Lines {label: (x, y)} and horizontal ones {label: y}; x is logarithmic."""
     figure = Figure(figsize=(6.4, 4.4), dpi=130, layout="constrained")
     axes = figure.subplots()
     for label, (x, y) in lines.items():
         axes.plot(x, y, marker="o", markersize=9 / (1 + len(x)) ** 0.4, label=label)
     for i, (label, y) in enumerate(levels.items()):
         axes.axhline(y, color=f"C{len(lines) + i}", linestyle="--", label=label)
-    axes.set(xscale="log", yscale="log", title=title, xlabel=xlabel, ylabel=ylabel)
+    axes.set(xscale="log", yscale=yscale, title=title, xlabel=xlabel, ylabel=ylabel)
     axes.yaxis.set_major_formatter("{x:g}")
     axes.grid(alpha=0.3, which="both")
     axes.legend(fontsize=8)
@@ -511,12 +518,7 @@ def draw_figures(results, out):
     levels = {label: rows[label]["total"] for label in (*VAES, POSITION)}
     title = f"{name}: from one latent layer to {max(chains)}"
     axes = ("latent layers K", "-ELBO in bits/dim, lower is better")
-    plot_lines(lines, levels, out / "bound_bridge.png", title, *axes)
-
-    L_0, *between, L_T = rows["DDPM"]["per t"]
-    lines = {"$L_{t-1}$": (range(2, len(between) + 2), between)}
-    title = f"{name}: where the DDPM's bits go; $L_0$ = {L_0:.2f}, $L_T$ = {L_T:.5f}"
-    plot_lines(lines, {}, out / "bound_terms.png", title, "t", "bits/dim")
+    plot_lines(lines, levels, out / "bound_bridge.png", title, *axes, "linear")
 
     figure = Figure(figsize=(7, 4), dpi=130, layout="constrained")
     axes = figure.subplots()
@@ -582,11 +584,13 @@ def verdict(gain, margin):
 
 
 def longer(d, v, column):
-    """Whether the DDPM takes more seconds, by a margin of 2 -> verdict, in words."""
+    """Whether the DDPM takes twice the seconds, which are known to an epoch -> verdict, words."""
     if d[column] is None or v[column] is None:
         return "cannot tell", "not reached"
-    ratio = math.log2(d[column] / v[column])
-    return verdict(ratio, 1), f"{d[column]:.0f} against {v[column]:.0f} s"
+    words = f"{d[column]:.0f} against {v[column]:.0f} s"
+    if d[column] - d["s per epoch"] > 2 * v[column]:
+        return "holds", words
+    return "does not hold" if 2 * d[column] < v[column] else "about the same", words
 
 
 def claims(rows):
@@ -597,7 +601,7 @@ def claims(rows):
 
     def three(column):
         numbers = [SAMPLES[column].format(row[column]) for row in (d, v, real)]
-        return "{}: DDPM {}, VAE {}, real {}".format(column, *numbers)
+        return "{}: DDPM {}, 2-D VAE {}, real {}".format(column, *numbers)
 
     gains = [v[column] - d[column] for column in ("told from real", "by shape alone")]
     fidelity = max(gains) if min(gains) > -0.05 else min(gains)  # no gain at the other's cost
@@ -616,7 +620,7 @@ it does not produce as many degenerate images
 {three("degenerate")}
 figure3_samples.png
 its samples lack diversity
-{verdict(lack, 0.05)}
+{"holds" if lack > 0.05 else "about as real digits"}
 {three("coverage")}; {three("classes off by")}
 diversity.png
 it takes substantially longer to converge
@@ -654,26 +658,26 @@ def write_report(results, out):
     columns = {"measured": "{}", "verdict": "**{}**", "figure": "[{0}]({0})"}
     text = f"""# VAE and DDPM on {r["name"]}
 
-{r["date"]}, {r["device"]}, seed {r["seed"]}, recipe `{r["recipe"]}`, {r["seconds"] / 60:.1f} min
-with what was trained.
+{r["date"]}, {r["device"]}, seed {r["seed"]}, recipe `{r["recipe"]}`,
+{r["seconds"] / 60:.1f} min in all.
 
 ## The report's claims
 
 {table(judged, columns)}
 
 A verdict needs a margin, 0.05 in a share, 2 times in seconds, 5 % in bits/dim: the draw of
-{r["n"]} images changes a share by 0.01, another seed by about 0.03.
+{r["n"]} images alone changes a share by up to {r["n"] ** -0.5:.2f}.
 
 ## Samples
 
 {table(r["rows"], SAMPLES)}
 
-Of {r["n"]} images: how often a network that saw half of them, and as many training digits, is
-right about the rest (50 %: it cannot tell), in 256 levels and cut at ½; then, in the features of a
-classifier that reads {r["accuracy"]:.1%} of the test digits, the distance to these, the share of
-these with an image as near as their fifth neighbour, of images read with under 90 % confidence or
-farther from all training digits than 99 % of test digits, and the total variation of the classes
-from the training labels.
+Of {r["n"]} images (VAEs: decoder means): how often a network that saw half of them, and as many
+training digits, is right about the rest (50 %: it cannot tell), in 256 levels and cut at ½; then,
+in the features of a classifier that reads {r["accuracy"]:.1%} of the test digits, the distance to
+these, the share of these with an image as near as their fifth neighbour, of images read with under
+90 % confidence or farther from all training digits than 99 % of test digits, and the total
+variation of the classes from the training labels.
 
 ![Samples](figure3_samples.png)
 ![Classes](diversity.png)
@@ -683,8 +687,8 @@ from the training labels.
 
 {table(models, TIMES)}
 
-In one precision, of training alone and of many samples at a time; distances are of {r["curve n"]}
-(real digits: {r["curve floor"]:.1f}); the report took 45 min (VAE) and over 3 h.
+In one precision, without the compiler's time, many samples at a time; distances are of
+{r["curve n"]} (real digits: {r["curve floor"]:.1f}); the report took 45 min (VAE) and over 3 h.
 
 ![Quality](quality.png)
 
@@ -693,11 +697,10 @@ In one precision, of training alone and of many samples at a time; distances are
 {table(r["bits"], BITS)}
 
 -ELBO on {r["bits n"]} test images, each decoder a histogram p(level | mean) of {BINS} bins of the
-mean, counted on training images (KL: of the DDPM all but L_0, by the best variances); Ho's own has
-the decoder (13) and the variances of sampling.
+mean, counted on training images (KL: of the DDPM all but L_0, by the best variances); Ho's own, of
+all steps, has the decoder (13) and its own σ_t².
 
 ![Bridge](bound_bridge.png)
-![Terms](bound_terms.png)
 
 ## More figures
 
@@ -724,7 +727,7 @@ def compare(args, device):
     mixed = mixed.to(device)  # MNIST's first test digits are the neater ones
     x_test = x_test[mixed]
     y_test = y_test[mixed]
-    most = min(MOST, (args.limit or 4 * MOST) // 4)  # a quick look is quick
+    most = min(MOST, (args.limit or 4 * MOST) // 4)
     yardstick = Yardstick(x_train, y_train, x_test, y_test, seed, most)
     models = {}
     histories = {}
@@ -733,7 +736,8 @@ def compare(args, device):
     for name in RUNS:
         run, saved = runs[name]
         watch = watcher(yardstick, run.epochs, device)
-        models[name], histories[name] = trained(name, run, saved, device, watch)
+        models[name], history = trained(name, run, saved, device, watch)
+        histories[name] = without_wait(history)
     for name, model in models.items():
         samples[name], ms = timed_samples(model, yardstick.n, seed, device)
         rows[name] = training_numbers(histories[name], histories["VAE, 2-D"])
@@ -800,7 +804,7 @@ def main(argv=None):
     if common.WORLD > 1:
         raise common.InputError("one process compares: run it without torchrun")
     if args.limit and args.limit < 100:
-        raise common.InputError(f"--limit {args.limit} is too few to compare by: give 100 or more")
+        raise common.InputError(f"--limit {args.limit} is too few: give 100 or more")
     if args.sample:
         raise common.InputError("--sample is for vae.py and ddpm.py")
     started = time.perf_counter()

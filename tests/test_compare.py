@@ -170,13 +170,6 @@ def test_the_parts_of_the_yardstick_are_apart(yardstick, mnist):
     assert (far > yardstick.limit).sum() == 10  # 1 % of the test digits
 
 
-def test_features_and_probabilities(yardstick, mnist):
-    features, probabilities = yardstick.read(mnist[2][:600])
-    assert features.shape == (600, 128) and probabilities.shape == (600, 10)
-    torch.testing.assert_close(probabilities.sum(1), torch.ones(600))
-    assert (probabilities.argmax(1) == mnist[3][:600]).double().mean() > 0.93
-
-
 def test_each_fault_is_caught_by_its_column(measured):
     real = measured["real"]
     assert real["coverage"] > 0.9 and real["classes off by"] < 0.06 and real["degenerate"] < 0.3
@@ -217,7 +210,7 @@ def test_the_histogram_is_a_distribution_over_256_levels():
 
 def test_the_histogram_comes_within_a_hundredth_of_the_true_decoder():
     sigma = 0.2
-    mean = torch.rand(2050, 1, 28, 28)  # as many as counted of the data
+    mean = torch.rand(2050, 1, 28, 28)
     x0 = 2 * mean - 1 + sigma * torch.randn_like(mean)
     images = ((x0 + 1) * 127.5).round().clamp(0, 255).byte()
     means = {"counted": iter(mean[:2000].split(500)), "images": mean[2000:]}
@@ -302,9 +295,9 @@ def toy():
 
 def test_the_parts_of_the_bound_and_the_whole_chain_are_one(toy):
     model, _, _, found = toy
-    assert list(found["chains"]) == [1, 2, 5, 10, 20] and len(found["per t"]) == 21
+    assert list(found["chains"]) == [1, 2, 5, 10, 20]
     whole = found["decoder"] + found["KL"]
-    assert whole == pytest.approx(found["chains"][20]) == pytest.approx(sum(found["per t"]))
+    assert whole == pytest.approx(found["chains"][20])
     entropy = -(0.95 * math.log2(0.95) + 0.05 * math.log2(0.05))
     assert all(entropy - 0.03 < bits < 2 for bits in found["chains"].values())
     assert found["chains"][20] < found["Ho"]
@@ -384,23 +377,30 @@ def test_the_epochs_of_the_curve(monkeypatch, last, expected):
     assert seen[last] == {"frechet": ("model", 7, 3, CPU)}
 
 
+def test_the_compilers_time_is_not_counted():
+    rows = [{"epoch": i, "seconds": seconds} for i, seconds in ((1, 25), (2, 28), (3, 31))]
+    assert [row["seconds"] for row in compare.without_wait(rows)] == [3, 6, 9]
+    rows[0]["seconds"] = 2  # quicker than the second
+    assert compare.without_wait(rows) == rows and compare.without_wait(rows[:1]) == rows[:1]
+
+
 def test_verdicts_need_their_margin():
     for gain, expected in (0.06, "holds"), (0.04, "about the same"), (-0.06, "does not hold"):
         assert compare.verdict(gain, 0.05) == expected
     for d, v, expected in (
-        (21, 10, "holds"),
-        (19, 10, "about the same"),
+        (24, 10, "holds"),
+        (22, 10, "about the same"),
         (10, 19, "about the same"),
         (10, 21, "does not hold"),
         (None, 10, "cannot tell"),
         (10, None, "cannot tell"),
     ):
-        assert compare.longer({"s": d}, {"s": v}, "s")[0] == expected
+        assert compare.longer({"s": d, "s per epoch": 3}, {"s": v}, "s")[0] == expected
 
 
 def rows_of(d, v):
     """Rows of a DDPM and both VAEs that have the same value in every column, and real digits."""
-    times = [compare.EQUAL, compare.OWN, compare.EVALUATIONS]
+    times = [compare.EQUAL, compare.OWN, compare.EVALUATIONS, "s per epoch"]
     columns = [*compare.SAMPLES, *times, "bits/dim", compare.SAMPLED]
     rows = {"DDPM": dict.fromkeys(columns, d)}
     rows |= {name: dict.fromkeys(columns, v) for name in compare.VAES}
@@ -417,7 +417,8 @@ def test_claims():
     rows = rows_of(0.5, 2.0)
     verdicts = [each["verdict"] for each in compare.claims(rows)]
     times = "to equal quality: does not hold; to its own best: does not hold"
-    assert verdicts[:4] == ["holds", "holds", same, times] and verdicts[5] == "holds"
+    real = "about as real digits"
+    assert verdicts[:4] == ["holds", "holds", real, times] and verdicts[5] == "holds"
     rows = rows_of(2.0, 0.5)
     rows["VAE, 20-D"]["bits/dim"] = 3.0  # the better one counts
     verdicts = [each["verdict"] for each in compare.claims(rows)]
@@ -426,7 +427,7 @@ def test_claims():
     rows = rows_of(0.9, 1.0)
     rows["DDPM"]["by shape alone"] = 1.1  # what is won here is lost there
     assert compare.claims(rows)[0]["verdict"] == no
-    for coverage, off, expected in (0.44, 0.5, "holds"), (0.5, 0.56, "holds"), (0.5, 0.5, same):
+    for coverage, off, expected in (0.44, 0.5, "holds"), (0.5, 0.56, "holds"), (0.5, 0.5, real):
         rows["DDPM"] |= {"coverage": coverage, "classes off by": off}
         assert compare.claims(rows)[2]["verdict"] == expected
 
