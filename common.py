@@ -71,7 +71,7 @@ def _read_set(name, root):
     socket.setdefaulttimeout(20)  # seconds: a dead network is an error, not a wait
     try:
         for train in True, False:
-            with contextlib.redirect_stdout(io.StringIO()):  # of a download's progress
+            with contextlib.redirect_stdout(io.StringIO()):
                 part = SETS[name](root, train=train, download=True)
             assert len(part.data) == len(part.targets), "labels of other images"
             assert part.targets.max() < 10, "labels above 9"
@@ -93,7 +93,6 @@ def _read_picture(path, size):
     """The picture's middle square, (size, size, 3) uint8, or what keeps it from being read."""
     try:
         with Image.open(path) as picture:
-            picture.draft("RGB", (2 * size, 2 * size))  # a large JPEG need not be decoded whole
             picture = ImageOps.exif_transpose(picture)
             if picture.mode.startswith("I"):  # 16 bits, which convert would cut off at 255
                 picture = Image.fromarray((np.asarray(picture) / 257).astype(np.uint8))
@@ -209,7 +208,7 @@ def save_gif(panels, path, title, labels):
         figure, axes = _picture(torch.stack(images), len(panels), title, top=list(panels))
         axes.set_xlabel(label)
         if not pictures:
-            frame = figure.get_tightbbox().padded(0.1)  # inches, the same for all
+            frame = figure.get_tightbbox().padded(0.1)
         file = io.BytesIO()
         figure.savefig(file, bbox_inches=frame)
         pictures.append(Image.open(file).convert("L" if len(images[0]) == 1 else "RGB"))
@@ -247,7 +246,7 @@ def pick_device(name):
         name = f"cuda:{LOCAL_RANK}"  # each process of torchrun takes a GPU of its own
     try:
         return torch.zeros(1).to(name).device
-    except Exception as error:  # each kind of device has its own
+    except Exception as error:
         raise InputError(f"no --device {name} ({error!r:.80}): choose cpu or auto") from None
 
 
@@ -294,11 +293,16 @@ def fork_seed(seed, device):
         yield
 
 
+@functools.lru_cache
 def has_bfloat16(device):
-    """Whether the hardware has bfloat16."""
+    """Whether the hardware has bfloat16, and is faster with it than with float32."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    if torch.cpu._is_amx_tile_supported():
+        return True
+    cpu = Path("/proc/cpuinfo")  # Intel's AVX512-BF16 alone is the slower one
+    amd = cpu.exists() and "AuthenticAMD" in cpu.read_text()
+    return amd and torch.cpu._is_avx512_bf16_supported()
 
 
 def autocast(device):
@@ -367,7 +371,7 @@ def save_checkpoint(path, settings, history, **parts):
     try:
         torch.save(content, unfinished)
         os.replace(unfinished, path)
-    except (OSError, RuntimeError) as error:  # torch has a RuntimeError for a full disk
+    except (OSError, RuntimeError) as error:  # torch's of a full disk
         raise InputError(f"cannot save {path} ({error}), which is as it was") from None
     finally:
         unfinished.unlink(missing_ok=True)
@@ -385,7 +389,7 @@ def load_checkpoint(path, kind):
             raise zipfile.BadZipFile
         saved = torch.load(path, map_location="cpu", weights_only=True)
         found = saved["kind"]
-    except Exception as error:  # damage has many types
+    except Exception as error:
         raise InputError(f"{path} is damaged ({error!r:.80}): delete it and train anew") from None
     if found != kind + VERSION:
         raise InputError(f"{path} is {found!r:.80}, not {kind + VERSION}: choose another --out")

@@ -1,8 +1,8 @@
-"""A denoising diffusion model on MNIST, in the order of the paper: math, network, training, bound.
+"""A denoising diffusion model on MNIST: its math and sampling, network, training, and its bound.
 
 Ho is Ho, Jain & Abbeel 2020, "Denoising Diffusion Probabilistic Models" (arXiv:2006.11239), report
 the course report whose experiment this redoes (README.md).  q adds noise to an image x_0 in T
-fixed steps; p takes it away in T learned ones, trained to raise a bound on log p(x_0):
+fixed steps; p takes it away in T learned ones, trained to lower a bound on -log p(x_0):
 
     -log p(x_0)  <=  L_T + Σ_{t=2..T} L_{t-1} + L_0     Ho (3) and (5), report (54) and (64)
     L_T     = KL(q(x_T|x_0) || N(0, I))
@@ -56,7 +56,7 @@ def at(table, t, x):
 def make_alpha_bar(schedule, T):
     """ᾱ_0 = 1, ᾱ_1 ... ᾱ_T in float64, (T+1,), from the variances β_t of the steps' noise.
 
-    linear: β from 1e-4 to 0.02 (Ho, section 4), times 1000/T, so that x_T is noise for every T.
+    linear: β from 1e-4 to 0.02 (Ho, section 4), times 1000/T, so that x_T is noise for all T > 1.
     cosine: Nichol & Dhariwal 2021 (17).  ValueError for another schedule, and for T < 1.
     Ho (2), report (32)
     """
@@ -214,12 +214,12 @@ class DDPM(nn.Module):
     def respace(self, steps):
         """The chain that visits only `steps` of the T times, tau, as a DDPM of its own.
 
-        q(x_t|x_0) stays what it was there, so the network need not be trained anew.
+        Its t = 1 ... steps is the network's tau[t], whose q(x_t|x_0) it keeps.
         ValueError unless steps is in 1 ... T.
         Nichol & Dhariwal 2021, section 4; Song et al. 2021, section 4.2 and appendix D.2
         """
         common.check_range("steps", steps, 1, self.T)
-        # closer together at the end, where the last gray goes, but no two alike
+        # closer together at small t, where the last gray goes, but no two alike
         i = torch.arange(steps + 1, dtype=torch.float64, device=self.tau.device)
         tau = (self.T * (i / steps) ** 1.5).round().maximum(i).long()
         alpha_bar = self.alpha_bar[tau]
@@ -233,15 +233,15 @@ class DDPM(nn.Module):
         Song et al. 2021 (12) and (16)
         """
         variance = eta**2 * self.beta_tilde
-        eps_rate = (1 - self.alpha_bar_before - variance).clamp(min=0).sqrt()  # rounding: -0
-        # ε of x̂_0, which clipping may have moved
+        eps_rate = (1 - self.alpha_bar_before - variance).clamp(min=0).sqrt()
+        # that of x̂_0, maybe clipped
         eps_hat = (xt - at(self.signal_rate, t, xt) * x0_hat) / at(self.noise_rate, t, xt)
         signal = at(self.alpha_bar_before.sqrt(), t, xt) * x0_hat
         return signal + at(eps_rate, t, xt) * eps_hat, at(variance, t, xt)
 
     @torch.no_grad()
     def trajectory(self, xt, eta=1.0, start=None):
-        """Yields (t, x_t, x̂_0) for t = start ... 1, last (0, x_0, x_0): like xt, in [-1, 1].
+        """Yields (t, x_t, x̂_0) for t = start ... 1, last (0, x_0, x_0): like xt.
 
         xt (B, C, H, W) is x_start, by default x_T.  eta: 1 is Ho, Algorithm 2; see
         ddim_mean_variance.  ValueError for eta not in [0, 1], start not in 1 ... T.
@@ -268,10 +268,12 @@ class DDPM(nn.Module):
         """
         common.check_range("n", n, 0)
         chain = self if steps is None else self.respace(steps)
-        xt = torch.randn(n, *self.shape, device=self.beta.device)  # line 1
-        if n > 0:
-            *_, (_, xt, _) = chain.trajectory(xt, eta)
-        return to_image(xt)
+        xT = torch.randn(n, *self.shape, device=self.beta.device)  # line 1
+        if n == 0:
+            return xT
+        for _, xt, _ in chain.trajectory(xT, eta):
+            x = to_image(xt)
+        return x
 
 
 # ---- the network
@@ -372,7 +374,7 @@ RECIPES = {
     "paper": {"loss": "simple", "times": "uniform", "width": 64, "epochs": 100, "lr": 1e-3},
     # minutes on two CPU cores
     "short": {"loss": "v", "times": "focused", "width": 32, "epochs": 12, "lr": 4e-3},
-    # better digits in as many epochs
+    # as good digits in fewer epochs
     "best": {"loss": "v", "times": "focused", "width": 64, "epochs": 100, "lr": 1e-3},
 }
 CHAIN = {"T": 1000, "schedule": "linear", "sigma": "posterior", "batch_size": 64}
@@ -431,7 +433,7 @@ def train(args, device, watch=None):
         torch.manual_seed(10**6 * args.seed + epoch)  # the same after a stop
         order = torch.randperm(N, device=device)[: steps * B].view(steps, B)
         for step, batch in enumerate(common.share(order)):  # Algorithm 1, line 1
-            past = (epoch - 1) * steps + step  # steps of the run before this one
+            past = (epoch - 1) * steps + step  # updates before this one
             done = (past + 0.5) / (steps * args.epochs)  # share of the run
             warm_up = min(1, done / WARM_UP)
             decay = 0.5 * (1 + math.cos(math.pi * done))
@@ -528,7 +530,7 @@ def vlb_terms(model, x0, errors=None):
     x1 = model.q_sample(x0, one, torch.randn_like(x0))
     mean, variance = model.p_mean_variance(x1, one)
     L_0 = -log_discretized_normal(x0, mean, variance.double().sqrt())  # Ho (13)
-    # L_{t-1} = KL(N(μ̃_t, β̃_t I) || N(μ_θ, σ_t² I)), whose second part is Ho (12), report (73)
+    # L_{t-1} = KL(N(μ̃_t, β̃_t I) || N(μ_θ, σ_t² I)), mean part: Ho (12), report (73)
     ratio = (model.beta_tilde / model.variance)[2:]
     gap = model.mu_x0[2:] ** 2 * errors[:, 2:]  # ‖μ̃_t - μ_θ‖², (B, T-1)
     L = 0.5 * (D * (ratio - 1 - ratio.log()) + gap / model.variance[2:])  # Ho (8), report (69)
@@ -545,7 +547,7 @@ DDPM.vlb_terms = vlb_terms  # a method that reads better down here
 
 
 def samples(model, n, steps=None, eta=1.0):
-    """DDPM.sample, 500 at a time, with a bar; steps: by default 50."""
+    """DDPM.sample, 500 at a time, with a bar; steps: 50, not T."""
     steps = min(steps or 50, model.T)
     counts = [500] * (n // 500) + [n % 500]
     with common.autocast(model.beta.device):
@@ -572,14 +574,15 @@ def draw(model, history, args, device):
     xt = torch.randn(1, *model.shape, device=device)
     with common.autocast(device):
         frames = list(chain.trajectory(xt, args.eta))
-    frames = frames[: -1 : math.ceil(chain.T / 50)] + frames[-1:]  # x_T ... x_0
+    frames = frames[: -1 : math.ceil(chain.T / 50)] + frames[-1:]
     steps, noisy, guess = zip(*frames, strict=True)
     times = [f"t = {chain.tau[step]}" for step in steps]
     panels = {"$x_t$": to_image(torch.cat(noisy)), "$\\hat{x}_0$": to_image(torch.cat(guess))}
     title = f"{name}: from noise to a sample"
     common.save_gif(panels, out / "ddpm_trajectory.gif", title, times)
-    rows = {label: x[::5] for label, x in panels.items()}
-    common.plot_rows(rows, out / "ddpm_trajectory.png", title, times[::5])
+    first = (len(times) - 1) % 5
+    rows = {label: x[first::5] for label, x in panels.items()}
+    common.plot_rows(rows, out / "ddpm_trajectory.png", title, times[first::5])
 
     curves = {f"training, t {args.times}": "train_loss", "test, averaged weights": "test_loss"}
     path = out / "ddpm_loss.png"

@@ -262,15 +262,6 @@ def test_labels_stand_where_they_belong(drawn):
     assert [label.get_text() for label in labels] == ["a", "b", "c", "data", "model"]
 
 
-def test_curves(drawn):
-    history = [{"epoch": epoch, "loss": epoch**2, "kl": -epoch} for epoch in (1, 2)]
-    common.plot_curves(history, {"the loss": "loss", "the KL": "kl"}, "", "title", "nats")
-    (axes,) = drawn
-    lines = {line.get_label(): line.get_xydata().tolist() for line in axes.lines}
-    assert lines == {"the loss": [[1, 1], [2, 4]], "the KL": [[1, -1], [2, -2]]}
-    assert (axes.get_title(), axes.get_xlabel(), axes.get_ylabel()) == ("title", "epoch", "nats")
-
-
 def test_latents(drawn):
     mu = torch.randn(60, 2, requires_grad=True)
     y = torch.arange(60) % 10

@@ -6,7 +6,6 @@ import runpy
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -130,25 +129,6 @@ def test_missing_data_are_one_line(tmp_path):
     code, _, err = launch(REPO / "vae.py", *flags, http_proxy=nowhere, https_proxy=nowhere)
     assert code != 0 and "Traceback" not in err and "Connection closed" not in err
     assert "error: cannot read or download fashion" in err
-
-
-def test_each_process_has_its_own_images_and_noise(monkeypatch):
-    order, found = torch.arange(12).view(3, 4), []
-    monkeypatch.setattr(common, "WORLD", 2)
-    for rank in 0, 1:
-        monkeypatch.setattr(common, "RANK", rank)
-        torch.manual_seed(0)
-        found.append((common.share(order), torch.rand(1)))
-    (one, u), (other, v) = found
-    assert torch.equal(torch.cat([one, other], dim=1).sort().values, order) and u != v
-
-
-def test_each_process_takes_its_own_gpu(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.Tensor, "to", lambda x, name: SimpleNamespace(device=name))
-    monkeypatch.setattr(common, "LOCAL_RANK", 3)
-    found = [common.pick_device(name) for name in ("auto", "cuda", "cuda:1")]
-    assert found == ["cuda:3", "cuda:3", "cuda:1"]
 
 
 if __name__ == "__main__":

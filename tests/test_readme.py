@@ -155,7 +155,8 @@ def test_numbers_of_the_readme_are_those_of_the_results():
             found.add(name)
             row = rows.get(name, {})
             for column, cell in zip(lines[0][1:], cells, strict=True) if row else ():
-                known = str(row.get("measured", row.get(column)))
+                known = row.get("measured", row.get(column))
+                known = f"{known:.9f}" if isinstance(known, float) else str(known)
                 for number, half in numbers(cell):
                     right = any(abs(number - n) <= half for n, _ in numbers(known))
                     assert right, f"README.md: {name}, {column}: {cell}, not {known}"

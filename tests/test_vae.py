@@ -351,14 +351,6 @@ def test_training_again(digits, data, tmp_path, monkeypatch, likelihood, kl_weig
         assert difference.norm() < 5e-3 * (value - start[name]).norm(), name
 
 
-def test_few_images_are_one_batch_and_watch_adds_a_number(digits, tmp_path):
-    argv = flags(digits, tmp_path, "--limit", 50, "--epochs", 2)
-    _, history = train(argv, watch=lambda model, epoch: {"n": 10 * epoch})
-    saved = checkpoint(tmp_path)
-    assert saved["history"] == history and [row["n"] for row in history] == [10, 20]
-    assert saved["optimizer"]["state"][0]["step"] == 2  # one an epoch
-
-
 def test_the_pictures_show_what_they_say(trained, digits, data, tmp_path, monkeypatch):
     shown = {}
     for name in "plot_grid", "plot_rows", "plot_curves", "plot_latent":
@@ -477,27 +469,3 @@ def test_a_flag_that_contradicts_the_checkpoint(trained, digits, tmp_path, capsy
     contradicts("--epochs", 7, 5)
     assert os.listdir(tmp_path) == ["vae.pt"]
     assert filecmp.cmp(path, trained / "vae.pt", shallow=False)
-
-
-def test_a_foreign_checkpoint_is_refused_and_kept(trained, digits, tmp_path, capsys):
-    path = tmp_path / "vae.pt"
-    saved = checkpoint(trained)
-    for kind in saved["kind"].replace("vae", "ddpm"), "vae":
-        torch.save(saved | {"kind": kind}, path)
-        before = path.read_bytes()
-        refused(capsys, flags(digits, tmp_path), path, kind, saved["kind"], "--out")
-        refused(capsys, flags(digits, tmp_path, "--sample", 1), path, kind, saved["kind"])
-        assert path.read_bytes() == before and os.listdir(tmp_path) == ["vae.pt"]
-        with pytest.raises(common.InputError):
-            vae.load(path)
-
-
-def test_a_diverging_run_ends_before_it_is_saved(digits, tmp_path):
-    def diverge(model, epoch):
-        if epoch == 2:
-            nn.init.constant_(model.decoder[0].weight, math.inf)
-        return {}
-
-    with pytest.raises(common.InputError, match="epoch 2.*--lr"):
-        train(flags(digits, tmp_path), watch=diverge)
-    assert len(checkpoint(tmp_path)["history"]) == 1 and os.listdir(tmp_path) == ["vae.pt"]
