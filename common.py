@@ -295,7 +295,7 @@ def fork_seed(seed, device):
 
 @functools.lru_cache
 def has_bfloat16(device):
-    """Whether the hardware has bfloat16, and is faster with it than with float32."""
+    """Whether bfloat16 pays: on a GPU that has it, on a CPU where it is faster."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if torch.cpu._is_amx_tile_supported():

@@ -234,7 +234,7 @@ class DDPM(nn.Module):
         """
         variance = eta**2 * self.beta_tilde
         eps_rate = (1 - self.alpha_bar_before - variance).clamp(min=0).sqrt()
-        # that of x̂_0, maybe clipped
+        # ε by x̂_0, maybe clipped
         eps_hat = (xt - at(self.signal_rate, t, xt) * x0_hat) / at(self.noise_rate, t, xt)
         signal = at(self.alpha_bar_before.sqrt(), t, xt) * x0_hat
         return signal + at(eps_rate, t, xt) * eps_hat, at(variance, t, xt)
@@ -272,8 +272,8 @@ class DDPM(nn.Module):
         if n == 0:
             return xT
         for _, xt, _ in chain.trajectory(xT, eta):
-            x = to_image(xt)
-        return x
+            x0 = xt
+        return to_image(x0)
 
 
 # ---- the network
@@ -374,7 +374,7 @@ RECIPES = {
     "paper": {"loss": "simple", "times": "uniform", "width": 64, "epochs": 100, "lr": 1e-3},
     # minutes on two CPU cores
     "short": {"loss": "v", "times": "focused", "width": 32, "epochs": 12, "lr": 4e-3},
-    # as good digits in fewer epochs
+    # better digits in few epochs
     "best": {"loss": "v", "times": "focused", "width": 64, "epochs": 100, "lr": 1e-3},
 }
 CHAIN = {"T": 1000, "schedule": "linear", "sigma": "posterior", "batch_size": 64}

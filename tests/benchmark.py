@@ -1,4 +1,4 @@
-"""Speed of training and sampling beside the machine's own best: a table in markdown.
+"""Speed of a loss and its gradient beside the machine's own best: a table in markdown.
 
 python tests/benchmark.py [--device cuda]    by hand, on a machine that does nothing else
 """

@@ -355,8 +355,10 @@ CURVE = [{"seconds": 10 * i, "frechet": f} for i, f in ((1, 90), (2, 30), (3, 24
 
 
 def test_the_seconds_until_a_distance():
-    for distance, seconds in (100, 10), (30, 20), (29, 30), (20, 40), (19, None):
-        assert compare.seconds_until(CURVE, distance) == seconds
+    for distance, seconds in (100, 10), (45, 17.5), (20, 40), (19, None):
+        assert compare.seconds_until(CURVE, distance) == pytest.approx(seconds)
+    rough = [*CURVE[:2], {"seconds": 25}, {"seconds": 27, "frechet": 31}, CURVE[3]]
+    assert compare.seconds_until(rough, 25.5) == 33.5
     row = compare.training_numbers(CURVE, [{"seconds": 1, "frechet": 95.0}])
     assert row[compare.EQUAL] == 10 and row[compare.OWN] == 30  # 24 = 1.2 · 20
     assert row["training, s"] == 40 and row["s per epoch"] == 10 and row["epochs"] == 4
@@ -378,10 +380,9 @@ def test_the_epochs_of_the_curve(monkeypatch, last, expected):
 
 
 def test_the_compilers_time_is_not_counted():
-    rows = [{"epoch": i, "seconds": seconds} for i, seconds in ((1, 25), (2, 28), (3, 31))]
-    assert [row["seconds"] for row in compare.without_wait(rows)] == [3, 6, 9]
-    rows[0]["seconds"] = 2  # quicker than the second
-    assert compare.without_wait(rows) == rows and compare.without_wait(rows[:1]) == rows[:1]
+    seconds = [25, 28, 31, 59, 62]
+    rows = [{"epoch": i, "seconds": s} for i, s in enumerate(seconds, 1)]
+    assert [row["seconds"] for row in compare.steady(rows)] == [3, 6, 9, 12, 15]
 
 
 def test_verdicts_need_their_margin():
