@@ -67,7 +67,7 @@ def test_mnist_comes_with_the_repository_and_is_unpacked_once(tmp_path, capsys):
     assert x[0, 0, 5, 12] == 3 and x[0, 0, 23, 5] > 100  # upright: a 5 ends at the lower left
     assert len(os.listdir(raw)) == 8 and capsys.readouterr().out == ""
     shutil.rmtree(raw)
-    few, labels, again, _ = load_data("mnist", tmp_path, limit=7)  # from memory
+    few, labels, again, _ = load_data("mnist", tmp_path, limit=7)
     assert torch.equal(few, x[:7]) and torch.equal(labels, y[:7]) and again is x_test
 
 
@@ -455,12 +455,12 @@ def test_what_is_damaged_or_foreign_is_refused_and_its_code_not_run(tmp_path):
         refused(lambda: common.load_checkpoint(path, "vae"), path)
     assert not trap.exists()
     torch.load(io.BytesIO(trapped), weights_only=False)
-    assert trap.exists()  # so the trap works
+    assert trap.exists()
 
 
 def test_load_model_is_ready(tmp_path):
     trained = save(tmp_path / "vae.pt")
-    path = (tmp_path / "vae.pt").rename(tmp_path / "mine.pt")  # any name will do
+    path = (tmp_path / "vae.pt").rename(tmp_path / "mine.pt")
     build = lambda settings: nn.Linear(1000, settings["epochs"] - 1)  # noqa: E731
     model = common.load_model(str(path), "vae", "model", CPU, build)
     assert torch.equal(model.weight, trained.weight)

@@ -607,7 +607,7 @@ def test_the_test_loss_is_of_all_images_and_averaged_weights(trained, digits):
     with common.autocast(CPU):
         five, one = (model.loss(2 * (x / 255) - 1) for x in digits_of(digits)[1].split(500))
     found = checkpoint(trained)["history"][-1]["test_loss"]
-    assert found == pytest.approx((5 * five + one).item() / 6, rel=1e-6)  # of 600
+    assert found == pytest.approx((5 * five + one).item() / 6, rel=1e-6)
 
 
 @pytest.mark.parametrize("recipe, times", [("short", "focused"), ("paper", "uniform")])
