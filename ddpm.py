@@ -580,7 +580,7 @@ def draw(model, history, args, device):
     panels = {"$x_t$": to_image(torch.cat(noisy)), "$\\hat{x}_0$": to_image(torch.cat(guess))}
     title = f"{name}: from noise to a sample"
     common.save_gif(panels, out / "ddpm_trajectory.gif", title, times)
-    first = (len(times) - 1) % 5
+    first = (len(times) - 1) % 5  # to x_0
     rows = {label: x[first::5] for label, x in panels.items()}
     common.plot_rows(rows, out / "ddpm_trajectory.png", title, times[first::5])
 
