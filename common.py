@@ -1,20 +1,27 @@
-"""What the scripts share: data and plots; at the end, command line, device and checkpoint.
+"""What the scripts share: the data and the plots; at the end the command line and the checkpoint.
 
-Images are uint8 (N, C, H, W) where they are stored, floats in [0, 1] where they are drawn.
+Images are uint8 (N, C, H, W) where they are stored, and floats in [0, 1] where they are drawn.
 """
 
 import argparse
+import ast
 import contextlib
 import functools
+import gzip
+import hashlib
 import io
 import math
+import mimetypes
 import os
 import socket
 import sys
 import tempfile
+import time
 import zipfile
+from argparse import Namespace
 from pathlib import Path
 
+import matplotlib.style
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -27,114 +34,210 @@ from torchvision import datasets
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
-# torchrun starts several processes: which one is this, on its machine, of how many
-RANK = int(os.environ.get("RANK", 0))
-LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
-WORLD = int(os.environ.get("WORLD_SIZE", 1))
+# torchrun starts several processes: which one this is, which one on its machine, of how many.
+TORCHRUN = dist.is_available() and dist.is_torchelastic_launched()
+RANK = int(os.environ["RANK"]) if TORCHRUN else 0
+LOCAL_RANK = int(os.environ["LOCAL_RANK"]) if TORCHRUN else 0
+WORLD = int(os.environ["WORLD_SIZE"]) if TORCHRUN else 1
 
 
 class InputError(Exception):
-    """Something the user can mend: what is wrong, and what to do."""
+    """An error that the user can fix.  It says what is wrong and what to do."""
 
 
 # ---- data
 
 SETS = {"mnist": datasets.MNIST, "fashion": datasets.FashionMNIST, "kmnist": datasets.KMNIST}
 DATA_DIR = Path(__file__).resolve().parent / "data"  # MNIST comes with the repository
+FILES = ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1")
 
 
-def load_data(args, device):
-    """The data of --data, on device -> x_train, y_train, x_test, y_test.
+def load_data(settings, args, device):
+    """The images of a run, on device -> x_train, y_train, x_test, y_test.
 
-    x (N, C, H, W) uint8; y (N,) int64, labels, None for a folder of pictures.  x_train has the
-    first args.limit.  InputError where they are missing or damaged.
+    x is uint8 (N, C, H, W); y is int64 (N,), or None for a folder of pictures.  settings: data,
+    size, limit (of x_train), seed.  args: data_dir and out, where things lie.  InputError where
+    the data are missing or damaged.
     """
-    if args.data in SETS:
-        data = _read_set(args.data, args.data_dir)
-    elif Path(args.data).is_dir():
-        data = _read_folder(Path(args.data), args.size, args.seed)
+    if settings.data in SETS:
+        data = _read_set(settings.data, args.data_dir)
     else:
-        raise InputError(f"no --data {args.data}: choose {', '.join(SETS)} or a folder")
+        data = _read_folder(settings.data, settings.size, settings.seed, args.out)
     x_train, y_train, x_test, y_test = data
-    x_train = x_train[: args.limit].to(device)
+    x_train = x_train[: settings.limit].to(device)
     if y_train is not None:
-        y_train = y_train[: args.limit].to(device)
+        y_train = y_train[: settings.limit].to(device)
         y_test = y_test.to(device)
     return x_train, y_train, x_test.to(device), y_test
 
 
 @functools.lru_cache
 def _read_set(name, root):
-    if LOCAL_RANK > 0:
-        dist.barrier()  # one process of a machine unpacks the files first
+    """The four original files of a named set.  They are read as they are, packed or not."""
+    folder = Path(root) / SETS[name].__name__ / "raw"
+    if not all(_idx_paths(folder, each) for each in FILES):
+        _download(name, root, folder)
     data = []
-    socket.setdefaulttimeout(20)  # seconds: a dead network is an error, not a wait
-    try:
-        for train in True, False:
-            with contextlib.redirect_stdout(io.StringIO()):
-                part = SETS[name](root, train=train, download=True)
-            assert len(part.data) == len(part.targets), "labels of other images"
-            assert part.targets.max() < 10, "labels above 9"
-            data += [part.data[:, None], part.targets]  # (N, 1, H, W), (N,)
-    except Exception as error:  # no network, full disk, cut file, ...
-        folder = Path(root) / SETS[name].__name__ / "raw"
-        raise InputError(
-            f"cannot read or download {name} ({error}): put its original files, and no others, "
-            f"into {folder}"
-        ) from None
-    finally:
-        socket.setdefaulttimeout(None)
-        if WORLD > 1 and LOCAL_RANK == 0:
-            dist.barrier()
+    for images, labels in (FILES[:2], FILES[2:]):
+        x = _read_idx(_idx_paths(folder, images)[0], 3)
+        y = _read_idx(_idx_paths(folder, labels)[0], 1)
+        if len(x) != len(y) or y.max() > 9:
+            raise InputError(
+                f"{folder}: {images}-ubyte and {labels}-ubyte do not fit together ({len(x)} "
+                f"images, {len(y)} labels up to {y.max()}): put the original files there"
+            )
+        data += [torch.from_numpy(x)[:, None], torch.from_numpy(y).long()]
     return data
 
 
+def _idx_paths(folder, name):
+    paths = folder / f"{name}-ubyte.gz", folder / f"{name}-ubyte"
+    return [path for path in paths if path.exists()]
+
+
+def _read_idx(path, dimensions):
+    """An array of bytes in the IDX format, which begins with its shape."""
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            content = file.read()
+        sizes = np.frombuffer(content, ">u4", 1 + dimensions)
+        if sizes[0] != 0x800 + dimensions:
+            raise ValueError("it does not begin like an IDX file of bytes")
+        array = np.frombuffer(content, np.uint8, offset=4 * len(sizes))
+        return array.reshape(sizes[1:]).copy()
+    except Exception as error:  # cut off, not readable, no gzip file, ...
+        raise InputError(f"cannot read {path} ({error}): put the original file there") from None
+
+
+def _download(name, root, folder):
+    """Has torchvision fetch the files of a named set into folder."""
+    wanted = ", ".join(f"{each}-ubyte.gz" for each in FILES)
+    if WORLD > 1:
+        raise InputError(f"{folder} lacks files of {name}: run once without torchrun to download")
+    socket.setdefaulttimeout(20)  # seconds: a dead network is an error, not a wait
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            SETS[name](root, download=True)
+    except Exception as error:  # no network, full disk, read-only folder, ...
+        raise InputError(f"cannot download {name} ({error}): put {wanted} into {folder}") from None
+    finally:
+        socket.setdefaulttimeout(None)
+
+
+def find_pictures(folder, out):
+    """The files below folder that may be pictures, and the number of other files.
+
+    Links are followed.  Hidden files and folders do not count, nor what the scripts have drawn
+    into the folder out.
+    """
+    Image.init()
+    known = {suffix for suffix, kind in Image.EXTENSION.items() if kind in Image.OPEN}
+    out = Path(out).resolve()
+    pictures = []
+    others = 0
+    seen = set()
+    for where, folders, files in os.walk(folder, followlinks=True):
+        where = Path(where)
+        if where.resolve() in seen:  # links that form a loop
+            folders.clear()
+            continue
+        seen.add(where.resolve())
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for path in (where / name for name in files if not name.startswith(".")):
+            drawn = where.resolve() == out and path.name.startswith(("vae", "ddpm"))
+            kind = mimetypes.guess_type(path.name)[0] or ""
+            if not drawn and (path.suffix.lower() in known or kind.startswith("image/")):
+                pictures.append(path)
+            else:
+                others += not drawn
+    return sorted(pictures), others
+
+
+def _digest(folder, out):
+    """A digest of the names and sizes of all pictures below folder."""
+    pictures, _ = find_pictures(folder, out)
+    pictures = [path for path in pictures if path.exists()]  # a link can lead nowhere
+    listed = [(str(path.relative_to(folder)), path.stat().st_size) for path in pictures]
+    return hashlib.sha256(repr(listed).encode("utf-8", "surrogateescape")).hexdigest()[:16]
+
+
 def _read_picture(path, size):
-    """The picture's middle square, (size, size, 3) uint8, or what keeps it from being read."""
+    """The picture's middle square, uint8 (size, size, 3), or a text: why it cannot be read."""
     try:
         with Image.open(path) as picture:
+            # TIFF's tag 339 is 1 for unsigned pixels, which Pillow reads as signed ones.
+            unsigned = getattr(picture, "tag_v2", {}).get(339) == (1,)
             picture = ImageOps.exif_transpose(picture)
-            if picture.mode.startswith("I"):  # 16 bits, which convert would cut off at 255
-                picture = Image.fromarray((np.asarray(picture) / 257).astype(np.uint8))
+            if picture.mode.startswith(("I", "F")):
+                picture = Image.fromarray(_to_8_bits(np.asarray(picture), unsigned))
             if picture.has_transparency_data:
                 picture = picture.convert("RGBA")
                 white = Image.new("RGBA", picture.size, "white")
                 picture = Image.alpha_composite(white, picture)
             return np.asarray(ImageOps.fit(picture.convert("RGB"), (size, size)))
     except Exception as error:  # Pillow's plugins raise what they like
-        return repr(error)
+        return " ".join(f"{type(error).__name__}: {error}".split())
+
+
+def _to_8_bits(pixels, unsigned=False):
+    """Gray pixels of more than 8 bits -> uint8.
+
+    White is 1, 255, 4095 or 65535: the first that no pixel exceeds.  Pixels that are below 0 or
+    above 65535 are scaled by their own range instead.
+    """
+    pixels = pixels.astype(np.float64)
+    if unsigned:
+        pixels = pixels % 2**32
+    if not np.isfinite(pixels).all():
+        raise ValueError("some pixels are not finite numbers")
+    black = min(pixels.min(), 0)
+    white = pixels.max()
+    if black == 0:
+        white = next((scale for scale in (1, 255, 4095, 65535) if white <= scale), white)
+    return (255 * (pixels - black) / (white - black or 1)).round().astype(np.uint8)
 
 
 @functools.lru_cache
-def _read_folder(folder, size, seed):
-    """All pictures below folder, a tenth held out -> as load_data."""
-    known = (*datasets.folder.IMG_EXTENSIONS, ".gif")
-    paths = [path for path in sorted(folder.rglob("*")) if path.suffix.lower() in known]
-    paths = [path for path in paths if not path.name.startswith(("vae_", "ddpm_"))]  # drawn here
-    found = [_read_picture(path, size) for path in tqdm(paths, "reading", disable=RANK > 0)]
-    good = [pixels for pixels in found if not isinstance(pixels, str)]
-    bad = [f"{p} ({why})" for p, why in zip(paths, found, strict=True) if isinstance(why, str)]
-    if bad:
-        log(f"skipped {len(bad)} of {len(paths)}, unreadable: {', '.join(bad[:3])}")
+def _read_folder(folder, size, seed, out):
+    """All pictures below folder, a tenth of them held out by the seed -> as load_data."""
+    paths, others = find_pictures(folder, out)
+    good = []
+    bad = []
+    for path in progress(paths, "reading"):
+        pixels = _read_picture(path, size)
+        if isinstance(pixels, str):
+            bad.append(f"{path.relative_to(folder)} ({pixels})")
+        else:
+            good.append(pixels)
+    said = f"{folder}: {len(good)} pictures read, {len(bad)} skipped, {others} other files"
+    log(": ".join([said, *bad]) if bad else said)
     if len(good) < 2:
-        raise InputError(f"{len(good)} pictures can be read below {folder}: 2 are the least")
+        raise InputError(f"{folder}: {len(good)} pictures can be read; at least 2 are needed")
     x = torch.from_numpy(np.stack(good)).permute(0, 3, 1, 2)
     if (x == x[:, :1]).all():
-        x = x[:, :1]  # all are gray
+        x = x[:, :1]  # all of them are gray
     x = x[torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))].contiguous()
     held_out = math.ceil(len(x) / 10)
     return x[held_out:], None, x[:held_out], None
 
 
 def title(settings):
-    """What a model was trained on, and for how long."""
-    name = Path(settings["data"]).resolve().name.replace("$", r"\$")  # no formula
+    """What a model was trained on, and for how long, as the title of a picture."""
+    name = Path(settings["data"]).name.replace("$", r"\$")  # a $ would begin a formula
     if settings["data"] in SETS:
         name = SETS[settings["data"]].__name__
-    return f"{name}, {settings['epochs']} epochs"
+    return f"{_readable(name)}, {settings['epochs']} epochs"
+
+
+def _readable(text):
+    """The text with a ? for each byte of a file name that is no UTF-8."""
+    return text.encode("utf-8", "replace").decode()
 
 
 # ---- plots: x are images (N, C, H, W) in [0, 1]
+
+# Whatever style the user's matplotlibrc sets, pictures look the same and are upright.
+_plain = matplotlib.style.context("default")
 
 
 def _picture(x, columns, title, gap=2, top=(), left=()):
@@ -142,7 +245,7 @@ def _picture(x, columns, title, gap=2, top=(), left=()):
     pixels = make_grid(x.detach().cpu().float().clamp(0, 1), columns, gap, pad_value=1)
     pixels = pixels.permute(1, 2, 0).numpy()  # (height, width, 3)
     height, width, _ = pixels.shape
-    zoom = max(1, min(4, 1200 // width, 60000 // height))  # matplotlib's limit: 65535
+    zoom = max(1, min(4, 1200 // width, 60000 // height))
     figure = Figure(figsize=(width * zoom / 130, height * zoom / 130), dpi=130)
     axes = figure.add_axes((0, 0, 1, 1))  # title and labels lie outside
     axes.imshow(pixels, interpolation="nearest")
@@ -155,16 +258,30 @@ def _picture(x, columns, title, gap=2, top=(), left=()):
     return figure, axes
 
 
+def _write(path, write):
+    """write(path), where a full or read-only disk is an InputError."""
+    try:
+        write(path)
+    except OSError as error:
+        raise InputError(
+            f"cannot write {path} ({error}): make room there, or choose another --out; what has "
+            "been trained is kept"
+        ) from None
+
+
 def _save(figure, path):
-    figure.savefig(path, bbox_inches="tight", pad_inches=0.1)
+    _write(path, lambda path: figure.savefig(path, bbox_inches="tight", pad_inches=0.1))
 
 
+@_plain
 def plot_grid(x, path, title, columns=10):
-    """The images, row by row."""
+    """The images, row by row.  More than a picture can be high make the rows longer."""
+    columns = max(columns, math.ceil(len(x) * (x.shape[2] + 2) / 60000))  # pixels
     figure, _ = _picture(x, min(columns, len(x)), title)
     _save(figure, path)
 
 
+@_plain
 def plot_rows(rows, path, title, columns=()):
     """One row of images for each of rows, {label: x}; columns: labels on top."""
     x = torch.cat([row.detach().cpu().float() for row in rows.values()])
@@ -172,6 +289,7 @@ def plot_rows(rows, path, title, columns=()):
     _save(figure, path)
 
 
+@_plain
 def plot_curves(history, curves, path, title, ylabel):
     """One line over the epochs for each of curves, {label: key of a row of history}."""
     figure = Figure(figsize=(6, 4), dpi=130, layout="constrained")
@@ -183,9 +301,10 @@ def plot_curves(history, curves, path, title, ylabel):
     axes.set(title=title, xlabel="epoch", ylabel=ylabel)
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(path)
+    _save(figure, path)
 
 
+@_plain
 def plot_latent(mu, labels, path, title):
     """Points mu (N, 2), coloured by labels (N,) or None, over 1 and 2 sigma of N(0, I)."""
     labels = torch.zeros(len(mu)) if labels is None else labels.cpu()
@@ -201,6 +320,7 @@ def plot_latent(mu, labels, path, title):
     _save(figure, path)
 
 
+@_plain
 def save_gif(panels, path, title, labels):
     """Panels side by side that change together: {label: x (F, C, H, W)}, a label a frame."""
     pictures = []
@@ -212,8 +332,9 @@ def save_gif(panels, path, title, labels):
         file = io.BytesIO()
         figure.savefig(file, bbox_inches=frame)
         pictures.append(Image.open(file).convert("L" if len(images[0]) == 1 else "RGB"))
-    durations = [100] * (len(pictures) - 1) + [2000]  # ms
-    pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=durations, loop=0)
+    first, *others = pictures
+    options = {"append_images": others, "duration": [100] * len(others) + [2000], "loop": 0}  # ms
+    _write(path, lambda path: first.save(path, save_all=True, **options))
 
 
 # ---- what functions are given
@@ -229,39 +350,43 @@ def check_range(name, value, low, high=math.inf):
         raise ValueError(f"{name} must be from {low} to {high}, not {value}")
 
 
-def in_own_dtype(module, x):
-    """module(x), whatever the precision of its weights; the output has float32's, or more."""
-    dtype = next(module.parameters(), x).dtype
-    return module(x.to(dtype)).to(torch.promote_types(dtype, torch.float32))
-
-
-# ---- devices, processes, random numbers
+# ---- device, processes, progress
 
 
 def pick_device(name):
-    """auto, cpu, cuda or cuda:N -> torch.device.  InputError if there is none."""
+    """auto, cpu, cuda, cuda:N or mps -> torch.device.  InputError where there is none."""
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+        name = "cpu"
+        if torch.backends.mps.is_available():
+            name = "mps"
+        if torch.cuda.is_available():
+            name = "cuda"
     if name == "cuda":
         name = f"cuda:{LOCAL_RANK}"  # each process of torchrun takes a GPU of its own
     try:
-        return torch.zeros(1).to(name).device
+        device = torch.zeros(1).to(name).device
+        torch.zeros(1, device=device).cpu()  # "meta" has no numbers
+        return device
     except Exception as error:
         raise InputError(f"no --device {name} ({error!r:.80}): choose cpu or auto") from None
 
 
 def start(args):
     """Before any work: the folder OUT, the device and the processes -> the device."""
+    if args.load and not args.sample:
+        raise InputError("--load only goes with --sample")
+    if args.fresh and args.sample:
+        raise InputError("--fresh trains, --sample does not: leave one of them out")
     try:
         Path(args.out).mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=args.out).close()  # a read-only disk shows only now
     except OSError as error:
-        raise InputError(f"cannot write ({error}): choose another --out") from None
+        raise InputError(f"cannot write into --out ({error}): choose another folder") from None
     device = pick_device(args.device)
-    torch.set_flush_denormal(True)  # Adam's averages of dead units slow a CPU 100 times
+    torch.set_flush_denormal(True)  # Adam's averages of dead units slow a CPU down 100 times
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    if WORLD > 1:
+    if WORLD > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return device
 
@@ -276,7 +401,7 @@ def wrap(model, args):
 def share(order):
     """Batches of image numbers (steps, B) -> this process's part of each (steps, B / WORLD).
 
-    From here on each process draws its own random numbers.
+    From here on each process draws random numbers of its own.
     """
     if order.shape[1] % WORLD:
         raise InputError(f"{WORLD} processes cannot share {order.shape[1]} images: --batch-size")
@@ -285,76 +410,175 @@ def share(order):
     return order[:, RANK::WORLD]
 
 
-@contextlib.contextmanager
-def fork_seed(seed, device):
-    """Random numbers from this seed inside; outside they go on as before."""
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        yield
-
-
 @functools.lru_cache
-def has_bfloat16(device):
-    """Whether bfloat16 pays: on a GPU that has it, on a CPU where it is faster."""
+def best_precision(device):
+    """The faster of "float32" and "bfloat16" on this device, by a convolution in each on a CPU."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    if torch.cpu._is_amx_tile_supported():
-        return True
-    cpu = Path("/proc/cpuinfo")  # Intel's AVX512-BF16 alone is the slower one
-    amd = cpu.exists() and "AuthenticAMD" in cpu.read_text()
-    return amd and torch.cpu._is_avx512_bf16_supported()
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+        return "bfloat16" if fast else "float32"
+    if device.type != "cpu":
+        return "float32"
+    conv = torch.nn.Conv2d(64, 64, 3, padding=1).to(memory_format=torch.channels_last)
+    x = torch.ones(32, 64, 14, 14).contiguous(memory_format=torch.channels_last)
+    seconds = {}
+    for precision in PRECISIONS:
+        times = []
+        for _ in range(4):
+            started = time.perf_counter()
+            with autocast(device, precision):
+                conv(x).sum().backward()
+            times.append(time.perf_counter() - started)
+        seconds[precision] = min(times[1:])
+    # Only where it is clearly faster, so that chance does not decide.
+    return "bfloat16" if 1.3 * seconds["bfloat16"] < seconds["float32"] else "float32"
 
 
-def autocast(device):
-    """Inside, matrix products and convolutions are in bfloat16 where that is fast."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=has_bfloat16(device))
+PRECISIONS = ("float32", "bfloat16")
+
+
+def autocast(device, precision=None):
+    """Inside, convolutions and matrix products have this precision, by default the faster one."""
+    precision = precision or best_precision(device)
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
 
 
 def log(line):
-    """Prints a line, or a dict, above the bar, in the first process."""
+    """Prints a line, or a dict, above the progress bar, in the first process."""
     if isinstance(line, dict):
         values = {k: f"{v:.5g}" if isinstance(v, float) else v for k, v in line.items()}
         line = "  ".join(f"{name} {value}" for name, value in values.items())
-    if RANK == 0:
-        tqdm.write(line)
+    if RANK == 0 and sys.stdout:
+        write = tqdm.write if _on_screen() else print
+        write(_readable(line), file=sys.stdout)
+
+
+def _on_screen():
+    """Whether somebody watches the progress bar, in a terminal or in a notebook."""
+    return sys.stderr is not None and (sys.stderr.isatty() or "ipykernel" in sys.modules)
+
+
+def progress(items=None, description=None, **options):
+    """A tqdm bar over items, or over total=...; in a file, a line every half minute instead."""
+    if not _on_screen():
+        options |= {"mininterval": 30, "maxinterval": 30, "bar_format": "{l_bar}{r_bar}\n"}
+    hidden = RANK > 0 or sys.stderr is None
+    # A bar over items vanishes when it is done, and is not worth drawing for two seconds.
+    short = {"leave": False, "delay": 2} if items is not None else {}
+    return tqdm(items, description, disable=hidden, **short, **options)
 
 
 # ---- the same command goes on: a run's settings and its checkpoint
 
-DEFAULTS = {"data": "mnist", "size": 32, "limit": None, "seed": 0}  # of all scripts
-VERSION = ", edition 3.1"  # of a checkpoint: changes when older ones would not fit
+
+def defaults(device):
+    """The settings that all scripts share, where no flag says otherwise."""
+    return {
+        "data": "mnist",
+        "pictures": None,  # of a folder: a digest of what is in it
+        "size": 32,
+        "limit": None,
+        "seed": 0,
+        "precision": best_precision(device),
+    }
 
 
-def open_run(args, path, defaults):
-    """Fills in what args leave open: as in the checkpoint, if there is one, else the defaults.
+def fingerprint(file):
+    """A digest of a script's syntax tree: comments, docstrings and formatting do not count."""
 
-    -> the settings, a dict, and the checkpoint or None.  InputError where a flag contradicts it,
-    and for --sample without one.
+    def plain(node):
+        if isinstance(node, list):
+            return [plain(each) for each in node if not is_text(each)]
+        if not isinstance(node, ast.AST):
+            return repr(node)
+        # What is empty is left out, because versions of Python differ in what they leave empty.
+        fields = {name: value for name, value in ast.iter_fields(node) if value not in (None, [])}
+        return [type(node).__name__, {name: plain(value) for name, value in fields.items()}]
+
+    def is_text(node):  # a docstring, or a string that stands alone
+        alone = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+        return alone and isinstance(node.value.value, str)
+
+    tree = plain(ast.parse(Path(file).read_text(encoding="utf-8")))
+    return hashlib.sha256(repr(tree).encode()).hexdigest()[:16]
+
+
+def open_run(args, path, default, code):
+    """What a run trains with, and what its checkpoint at path holds already.
+
+    -> settings, a Namespace with a value for each of default: the flag's if it is given, else that
+    of the checkpoint, else the default; and the checkpoint, a dict, or None for a new run.
+    InputError where a flag, the code (a fingerprint) or the pictures contradict the checkpoint,
+    and where another process is writing it.
     """
-    saved = load_checkpoint(path, path.stem) if path.exists() or args.sample else None
-    settings = dict(saved["settings"] if saved else defaults)
-    for name, value in settings.items():
-        given = getattr(args, name, None)
-        if given is None:
-            setattr(args, name, value)
-        elif saved and given != value:
-            raise InputError(f"{path} has {name} {value}, not {given}: choose another --out")
-        settings[name] = getattr(args, name)
-    if saved and len(saved["history"]) == args.epochs and not args.sample:
-        log(f"{path} is finished: delete it or choose another --out to train anew")
+    if RANK == 0:
+        _lock(path)
+    saved = load_checkpoint(path, path.stem) if path.exists() and not args.fresh else None
+    settings = Namespace(**(saved["settings"] if saved else default))
+    if saved:
+        check_flags(args, saved["settings"], path)
+        if saved.get("code") != code:
+            raise InputError(
+                f"{path.stem}.py has changed since {path} was trained: --fresh trains anew, "
+                "another --out keeps both"
+            )
+    for name in vars(settings):
+        if getattr(args, name, None) is not None:
+            setattr(settings, name, getattr(args, name))
+    if settings.data not in SETS:
+        folder = Path(settings.data)
+        if not folder.is_dir():
+            raise InputError(f"no --data {folder}: choose {', '.join(SETS)} or a folder")
+        settings.pictures = _digest(folder, args.out)
+        if saved and settings.pictures != saved["settings"]["pictures"]:
+            raise InputError(
+                f"the pictures in {folder} have changed since {path} was trained: --fresh trains "
+                "anew, another --out keeps both"
+            )
+    if saved:
+        done = len(saved["history"])
+        finished = f"{path} is finished: drawing its pictures again (--fresh trains anew)"
+        going_on = f"going on after epoch {done} of {settings.epochs}"
+        log(finished if done == settings.epochs else going_on)
     return settings, saved
 
 
-def restore(saved, **parts):
-    """Loads model, optimizer, ... from a checkpoint of open_run, if any -> its history."""
-    if saved is None:
-        return []
-    for name, part in parts.items():
-        part.load_state_dict(saved[name])
-    return saved["history"]
+def check_flags(args, settings, path, but=()):
+    """InputError where a flag that is given contradicts the settings of the checkpoint at path."""
+    for name, value in settings.items():
+        given = getattr(args, name, None)
+        if name not in but and given is not None and given != value:
+            flag = "--" + name.replace("_", "-")
+            raise InputError(
+                f"{path} has {name} {value}, not {given}: leave out {flag}, choose another --out, "
+                "or train anew with --fresh"
+            )
 
 
-def save_checkpoint(path, settings, history, **parts):
+_locks = {}
+
+
+def _lock(path):
+    """Holds `path` for this process, until it ends or the last epoch is saved.
+
+    InputError if another process holds it.  The lock lies in the folder for temporary files and
+    does not outlive a crash.  Windows has no such locks: there, the last one to write wins.
+    """
+    key = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:16]
+    if os.name == "nt" or str(path) in _locks:
+        return
+    import fcntl  # not on Windows
+
+    try:
+        file = open(Path(tempfile.gettempdir()) / f"vae-ddpm-{key}.lock", "a")  # noqa: SIM115
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise InputError(f"another run is writing {path}: wait, or choose another --out") from None
+    except OSError:  # another user's file, or a disk without locks: go on without
+        return
+    _locks[str(path)] = file
+
+
+def save_checkpoint(path, settings, history, code="", **parts):
     """Replaces `path` in one step, or leaves it as it was; the first process alone writes.
 
     parts: what has a state_dict, model among them.  InputError where the disk is full, or the last
@@ -362,48 +586,79 @@ def save_checkpoint(path, settings, history, **parts):
     """
     values = [torch.tensor(list(history[-1].values())), *parts["model"].parameters()]
     if not all(value.isfinite().all() for value in values):
-        raise InputError(f"not finite in epoch {len(history)}: lower --lr; {path} is as it was")
+        raise InputError(
+            f"not finite in epoch {len(history)}: lower --lr; {path} is as it was before"
+        )
     if RANK > 0:
         return
     content = {name: part.state_dict() for name, part in parts.items()}
-    content |= {"kind": path.stem + VERSION, "settings": settings, "history": history}
-    unfinished = path.with_suffix(".tmp")
+    content |= {"kind": path.stem, "settings": settings, "history": history, "code": code}
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         torch.save(content, unfinished)
         os.replace(unfinished, path)
     except (OSError, RuntimeError) as error:  # torch's of a full disk
-        raise InputError(f"cannot save {path} ({error}), which is as it was") from None
+        raise InputError(f"cannot save {path} ({error}), which is as it was before") from None
     finally:
         unfinished.unlink(missing_ok=True)
+    if len(history) == settings.get("epochs"):
+        _locks.pop(str(path), None)
 
 
 def load_checkpoint(path, kind):
     """The checkpoint of save_checkpoint, on the CPU -> dict.  Runs no code that a file carries.
 
-    InputError for a file that is missing, damaged, foreign or of another kind.
+    InputError for a file that is missing, cannot be read, is damaged or is of something else.
     """
-    if not Path(path).exists():
-        raise InputError(f"no checkpoint {path}: train first, or say with --out where it is")
+    path = Path(path)
+    try:
+        with path.open("rb") as file:
+            head = file.read(100)
+    except FileNotFoundError:
+        raise InputError(f"no checkpoint {path}: train first, or say where it is") from None
+    except OSError as error:
+        raise InputError(f"cannot read {path} ({error})") from None
+    foreign = InputError(f"{path} is no checkpoint of {kind}.py: choose another --out")
+    if head.startswith(b"version https://git-lfs"):
+        raise InputError(f"{path} is only a pointer to the file: run git lfs pull")
     try:
         if zipfile.ZipFile(path).testzip():  # a wrong checksum, at which torch does not look
-            raise zipfile.BadZipFile
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        found = saved["kind"]
+            raise zipfile.BadZipFile("wrong checksum")
     except Exception as error:
         raise InputError(f"{path} is damaged ({error!r:.80}): delete it and train anew") from None
-    if found != kind + VERSION:
-        raise InputError(f"{path} is {found!r:.80}, not {kind + VERSION}: choose another --out")
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception:
+        raise foreign from None
+    if not isinstance(saved, dict) or saved.get("kind") != kind:
+        raise foreign
     return saved
 
 
 def load_model(path, kind, part, device, build):
-    """build(settings) with a checkpoint's weights; .settings are the run's, .title is of it."""
+    """build(settings) with the weights of a checkpoint; model.settings are the run's.
+
+    InputError where they do not fit.
+    """
     saved = load_checkpoint(path, kind)
-    model = build(saved["settings"])
-    model.load_state_dict(saved[part])
+    try:
+        model = build(saved["settings"])
+        model.load_state_dict(saved[part])
+    except (KeyError, RuntimeError) as error:
+        raise InputError(
+            f"the weights in {path} do not fit the network of {kind}.py, which has changed since: "
+            f"--fresh trains anew, another --out keeps both ({error!s:.80})"
+        ) from None
     model.settings = saved["settings"]
-    model.title = title(model.settings)
     return model.eval().requires_grad_(False).to(device)
+
+
+def load_for_sampling(args, path, load, device):
+    """The model that --sample draws from: that of --load, or else of path."""
+    path = Path(args.load or path)
+    model = load(path, device)
+    check_flags(args, model.settings, path, but=("seed", "precision"))
+    return model
 
 
 # ---- the command line
@@ -421,35 +676,64 @@ def number(kind, low, high):
     return parse
 
 
+def place(text):
+    """A `type=` for argparse: a path, in which ~ is the home folder."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("it is empty")
+    return os.path.expanduser(text)
+
+
+def data(text):
+    """A `type=` for argparse: the name of a set, or the full path of a folder."""
+    if text in SETS:
+        return text
+    folder = Path(place(text)).resolve()
+    if not folder.is_dir():
+        raise argparse.ArgumentTypeError(f"no {text}: choose {', '.join(SETS)} or a folder")
+    return str(folder)
+
+
 def arguments(doc):
     """An ArgumentParser with the flags that all scripts share."""
     style = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=doc, formatter_class=style)
     parser.error = lambda message: parser.exit(2, f"error: {message}\n")  # -h has the usage
     add = parser.add_argument
-    add("--data", metavar="NAME", help=f"{', '.join(SETS)} or a folder of pictures (mnist)")
-    add("--data-dir", default=str(DATA_DIR), help="where named data are (data/)")
+    add("--data", type=data, help=f"{', '.join(SETS)} or a folder of pictures (mnist)")
+    add("--data-dir", type=place, default=str(DATA_DIR), help="where named data are (data/)")
     add("--size", type=int, choices=(16, 32, 64), help="width of a folder's pictures (32)")
     add("--limit", type=number(int, 1, 10**9), help="train on that many images (all)")
-    add("--out", default="results", help="folder for checkpoint and pictures (results)")
+    add("--out", type=place, default="results", help="folder for what is written (results)")
     add("--epochs", type=number(int, 1, 10**5), help="passes over the images")
     add("--batch-size", type=number(int, 1, 10**6), help="images a step, in all")
-    add("--lr", type=number(float, 1e-8, 1), help="learning rate of Adam")
+    add("--lr", type=number(float, 1e-8, 1), help="highest learning rate of Adam")
     add("--seed", type=number(int, 0, 10**9), help="of all random numbers (0)")
-    add("--device", default="auto", help="cpu, cuda or cuda:N (cuda where there is one)")
+    add("--device", default="auto", help="cpu, cuda, cuda:N or mps (auto: a GPU, if any)")
+    add("--precision", choices=PRECISIONS, help="of convolutions and products (the faster one)")
     add("--compile", action="store_true", help="torch.compile, for a GPU")
-    add("--sample", type=number(int, 1, 10000), help="only draw that many images")
+    add("--fresh", action="store_true", help="train anew, and replace what is in --out")
+    add("--sample", type=number(int, 1, 10000), help="only draw that many images, of --seed")
+    add("--load", type=place, help="with --sample: the checkpoint (that in --out)")
     return parser
 
 
 def run(main):
-    """main(), which what the user can mend ends with one line."""
-    sys.stdout.reconfigure(errors="replace")  # -h on a terminal without Greek letters
+    """Runs main().  Errors that the user can fix print one line and exit with an error code."""
+    for stream in sys.stdout, sys.stderr:
+        if hasattr(stream, "reconfigure"):  # not in a notebook, nor where it is closed
+            stream.reconfigure(errors="replace")  # for terminals without Greek letters
     try:
         main()
+        if sys.stdout:
+            sys.stdout.flush()
     except InputError as error:
-        sys.exit("error: " + " ".join(str(error).split()))  # one line
+        sys.exit("error: " + _readable(" ".join(str(error).split())))  # one line
+    except BrokenPipeError:
+        sys.stdout = None  # nothing more can be said there
+        sys.exit("error: nobody reads the output any more; the same command goes on")
     except KeyboardInterrupt:
-        sys.exit("\nstopped: the same command goes on after the last finished epoch")
+        sampling = any(flag.startswith("--sample") for flag in sys.argv)
+        going_on = "" if sampling else ": the same command goes on after the last finished epoch"
+        sys.exit(f"\nstopped{going_on}")
     if WORLD > 1:
         dist.destroy_process_group()

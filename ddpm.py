@@ -1,23 +1,35 @@
-"""A denoising diffusion model on MNIST: its math and sampling, network, training, and its bound.
+"""A denoising diffusion model (DDPM) of handwritten digits, in the order of the paper.
 
-Ho is Ho, Jain & Abbeel 2020, "Denoising Diffusion Probabilistic Models" (arXiv:2006.11239), report
-the course report whose experiment this redoes (README.md).  q adds noise to an image x_0 in T
-fixed steps; p takes it away in T learned ones, trained to lower a bound on -log p(x_0):
+  python ddpm.py                            train, or go on with a stopped run; then draw pictures
+  python ddpm.py --recipe paper             Ho's own loss, L_simple, for 100 epochs
+  python ddpm.py --sample 64 --seed 1       draw 64 images from the checkpoint in results/
 
-    -log p(x_0)  <=  L_T + Σ_{t=2..T} L_{t-1} + L_0     Ho (3) and (5), report (54) and (64)
-    L_T     = KL(q(x_T|x_0) || N(0, I))
-    L_{t-1} = E_q KL(q(x_{t-1}|x_t, x_0) || p(x_{t-1}|x_t))
-    L_0     = E_q[-log p(x_0|x_1)], which is -L_0 in the report
+On an NVIDIA GPU the default recipe is `paper`.  Elsewhere it is `short`, which trains within
+minutes on a CPU because it does NOT minimize L_simple: it weighs the same error differently over
+t.
 
-x are images (B, C, H, W) in [0, 1]; x0 and xt are on the scale [-1, 1]; t is (B,) int64 in
-1 ... T, the paper's t: every table has T+1 entries, and entry 0 stands for "no noise yet".
+Ho is Ho, Jain & Abbeel 2020, "Denoising Diffusion Probabilistic Models" (arXiv:2006.11239).
 
-  python ddpm.py                           train, or go on; then draw pictures
-  python ddpm.py --recipe paper            Ho's and the report's objective, 100 epochs
-  python ddpm.py --sample 64 --steps 20    draw 64 images from the checkpoint in results/
+A VAE has one latent z, and learns both its encoder q(z|x) and its decoder p(x|z).  A DDPM has T
+latents x_1 ... x_T, each of the size of the image x_0.  Its encoder q(x_t|x_{t-1}) is fixed: it
+mixes in a little Gaussian noise, until x_T is nothing but noise.  Its decoder p(x_{t-1}|x_t) takes
+a little noise away.  One network, which is told t, is the decoder of all T steps.  The bound is
+that of the VAE, with a term for each latent.  Lowering it means lowering the error of a guess at
+the noise:
+
+    E[-log p(x_0)]  <=  L_T + Σ_{t=2..T} L_{t-1} + L_0                    Ho (3) and (5)
+
+    L_T     = KL(q(x_T|x_0) ‖ N(0, I))                       nothing to learn
+    L_{t-1} = E_q KL(q(x_{t-1}|x_t, x_0) ‖ p(x_{t-1}|x_t))   two Gaussians: a squared error
+    L_0     = E_q[-log p(x_0|x_1)]                           the decoder of the image itself
+
+Everywhere below, x are images (B, C, H, W) in [0, 1], and x0 and xt are on the scale [-1, 1].  A
+time t is an int64 tensor (B,), or an int where it is the same for all images.  It runs from 1 to
+T, as in the paper; t = 0 is the image without noise.
 """
 
 import copy
+import itertools
 import math
 import time
 from pathlib import Path
@@ -25,14 +37,193 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn
-from tqdm import tqdm
 
 import common
 
-SCHEDULES = ("linear", "cosine")
-SIGMAS = ("posterior", "beta")  # σ_t² = β̃_t or β_t
-LOSSES = ("simple", "bound", "mu", "x0", "v")
-TIMES = ("uniform", "focused")
+# ---- settings: every number that is a choice
+
+RECIPES = {
+    # Ho's loss and the course report's 100 epochs.
+    "paper": {"weighting": "simple", "times": "uniform", "width": 64, "epochs": 100, "lr": 1e-3},
+    # A narrower network in fewer epochs, for a CPU.  It spends its effort where it shows: see
+    # loss_weights and draw_t, at the end of the file.
+    "short": {"weighting": "v", "times": "focused", "width": 32, "epochs": 12, "lr": 4e-3},
+}
+CHAIN = {
+    "T": 1000,  # Ho, section 4
+    "schedule": "linear",  # of β_t; "cosine" is Nichol & Dhariwal's
+    "variance": "posterior",  # σ_t² = β̃_t.  "beta" is Ho's other choice, β_t; see section 3.2
+    "batch_size": 64,  # larger ones need a larger learning rate
+}
+WARM_UP = 0.02  # share of the run in which the learning rate rises: Adam's first steps are wild
+AVERAGED = 0.05  # sampling uses weights averaged over about this share of the steps taken so far
+STEPS = 50  # network evaluations for a sample: 20 times as fast as all T, and hardly worse
+
+# Changed code must not go on with weights that the old code trained: checkpoints keep this.
+CODE = common.fingerprint(__file__)
+
+
+# ---- the forward process q
+
+
+def make_alpha_bar(schedule, T):
+    """The table ᾱ_0 = 1, ᾱ_1 ... ᾱ_T in float64, (T+1,).  ValueError for T < 1.
+
+    "linear": β_t rises from 1e-4 to 0.02.  Ho has T = 1000; for another T, all β_t are scaled by
+    1000/T, so that x_T is noise then, too.  "cosine": see cosine_beta.
+    """
+    common.check_range("T", T, 1)
+    common.check_choice("schedule", schedule, SCHEDULES)
+    beta = torch.linspace(1e-4, 0.02, T, dtype=torch.float64) * 1000 / T
+    if schedule == "cosine":
+        beta = cosine_beta(T)
+    alpha_bar = (1 - beta.clamp(max=0.999)).cumprod(0)  # ᾱ_t = Π_{s=1..t} (1 - β_s)   Ho (4)
+    return F.pad(alpha_bar, (1, 0), value=1.0)
+
+
+def per_image(values):
+    """(B,) -> (B, 1, 1, 1): one factor for each image of a batch."""
+    return values.view(-1, 1, 1, 1)
+
+
+class DDPM(nn.Module):
+    """The forward process, the loss and the sampler for any network that guesses the noise.
+
+    net: called as net(xt, t) with t (B,), it gives ε_θ(x_t, t), like xt.  It can be anything:
+        DDPM(my_transformer)
+        DDPM(lambda xt, t: (1 + w) * conditional(xt, t) - w * unconditional(xt, t))
+    schedule: "linear" or "cosine", for T steps; or a table ᾱ_0 ... ᾱ_T that falls from 1.
+    variance: σ_t² of p, "posterior" or "beta" (Ho, section 3.2).
+    clip: keep the guess x̂_0 within [-1, 1], as Ho's code does.
+    weighting: of the loss over t, "simple" for Ho (14).  shape: (C, H, W) of an image.
+    ValueError for any other value.
+    """
+
+    def __init__(
+        self,
+        net,
+        T=1000,
+        schedule="linear",
+        variance="posterior",
+        clip=True,
+        weighting="simple",
+        shape=(1, 28, 28),
+    ):
+        super().__init__()
+        if isinstance(schedule, str):
+            schedule = make_alpha_bar(schedule, T)
+        self.net = net
+        # The one table.  It stays on the CPU in float64: some devices have no float64.
+        self.alpha_bar = check_alpha_bar(schedule)
+        self.T = len(self.alpha_bar) - 1
+        self.variance = variance
+        self.clip = clip
+        self.shape = tuple(shape)
+        # In training each image has a t of its own, so these factors are looked up on the device.
+        weight = loss_weights(self.alpha_bar, weighting, variance)
+        self.register_buffer("signal_rate", self.alpha_bar.sqrt().float(), persistent=False)
+        self.register_buffer("noise_rate", (1 - self.alpha_bar).sqrt().float(), persistent=False)
+        self.register_buffer("weight", weight.float(), persistent=False)
+
+    def rates(self, t):
+        """√ᾱ_t and √(1-ᾱ_t): two numbers for an int t, two (B, 1, 1, 1) for t (B,)."""
+        if isinstance(t, int):
+            alpha_bar = self.alpha_bar[t].item()
+            return alpha_bar**0.5, (1 - alpha_bar) ** 0.5
+        return per_image(self.signal_rate[t]), per_image(self.noise_rate[t])
+
+    def q_sample(self, x0, t, eps):
+        """x_t ~ q(x_t|x_0), like x0, made from the noise eps ~ N(0, I)."""
+        signal_rate, noise_rate = self.rates(t)
+        return signal_rate * x0 + noise_rate * eps  # Ho (4)
+
+    # ---- training: Ho, Algorithm 1
+
+    def loss(self, x0, t=None, eps=None):
+        """The mean over images and pixels of ‖ε - ε_θ(x_t, t)‖², weighted by t: a scalar.
+
+        x0 (B, C, H, W) is line 2 of Algorithm 1.  Unless given, t (B,) is uniform, and eps is
+        Gaussian noise like x0.  The weight of every t is 1 for "simple".
+        """
+        if t is None:
+            t = torch.randint(1, self.T + 1, (len(x0),), device=x0.device)  # line 3
+        if eps is None:
+            eps = torch.randn_like(x0)  # line 4
+        xt = self.q_sample(x0, t, eps)
+        error = (eps - self.net(xt, t)) ** 2  # line 5
+        return (per_image(self.weight[t]) * error).mean()  # Ho (14)
+
+    forward = loss  # DistributedDataParallel and torch.compile wrap forward
+
+    # ---- sampling: Ho, Algorithm 2.  From t it goes to s = t-1; all equations hold for any s < t.
+
+    @torch.no_grad()
+    def sample(self, n, steps=None, eta=1.0):
+        """n images (n, C, H, W) in [0, 1], by all T steps: Ho, Algorithm 2.
+
+        Beyond the paper: `steps` in 1 ... T takes fewer of them, `eta` < 1 adds less noise, and
+        eta = 0 none (DDIM); see trajectory.  ValueError for n, steps or eta out of range.
+        """
+        common.check_range("n", n, 0)
+        xt = torch.randn(n, *self.shape, device=self.weight.device)  # line 1
+        if steps is not None or eta != 1:
+            *_, (_, x0, _) = self.trajectory(xt, self.times(steps), eta)
+            return to_image(x0)
+        for t in range(self.T, 0, -1):  # line 2
+            mean, variance = self.p_mean_variance(xt, t, t - 1)
+            z = torch.randn_like(xt) if t > 1 else 0  # line 3
+            xt = mean + variance**0.5 * z  # line 4, a draw from Ho (1)
+        return to_image(xt)  # line 6
+
+    def p_mean_variance(self, xt, t, s, x0_hat=None):
+        """p(x_s|x_t) = N(mean, variance I): mean like xt, variance a float.  Ho (1)
+
+        It is q(x_s|x_t, x_0) with the guess x̂_0 in the place of x_0.  Unless x̂_0 is clipped, the
+        mean is the one in line 4 of Algorithm 2.  x0_hat: the guess, if it is already known.
+        """
+        if x0_hat is None:
+            x0_hat = self.predict_x0(xt, t)
+        mean, variance = self.q_posterior(x0_hat, xt, t, s)  # Ho (11)
+        if self.variance == "beta":
+            variance = 1 - (self.alpha_bar[t] / self.alpha_bar[s]).item()  # σ_t² = β_t
+        return mean, variance
+
+    def predict_x0(self, xt, t):
+        """The guess x̂_0 at the image, like xt, which the guess ε_θ at the noise implies."""
+        signal_rate, noise_rate = self.rates(t)
+        if isinstance(t, int):
+            t = torch.full((len(xt),), t, device=xt.device)
+        x0_hat = (xt - noise_rate * self.net(xt, t)) / signal_rate  # Ho (15)
+        return x0_hat.clamp(-1, 1) if self.clip else x0_hat
+
+    def q_posterior(self, x0, xt, t, s):
+        """q(x_s|x_t, x_0) = N(mean, variance I): mean like xt, variance a float.  Ho (6)
+
+        t and s < t are ints.  Ho has s = t-1, and there alpha and beta are the paper's.
+        """
+        alpha_bar_t = self.alpha_bar[t].item()
+        alpha_bar_s = self.alpha_bar[s].item()
+        alpha = alpha_bar_t / alpha_bar_s  # α_t
+        beta = 1 - alpha  # β_t
+        of_x0 = alpha_bar_s**0.5 * beta / (1 - alpha_bar_t)
+        of_xt = alpha**0.5 * (1 - alpha_bar_s) / (1 - alpha_bar_t)
+        mean = of_x0 * x0 + of_xt * xt  # μ̃_t   Ho (7)
+        variance = (1 - alpha_bar_s) / (1 - alpha_bar_t) * beta  # β̃_t   Ho (7)
+        return mean, variance
+
+    # ---- beyond the paper: these stand below the training loop
+
+    def times(self, steps=None):
+        """T, ..., 0: the steps+1 times that a sampler visits, all of them by default."""
+        return choose_times(self.T, steps)
+
+    def trajectory(self, xt, times, eta=1.0):
+        """Samples from xt through times; yields (t, x_t, x̂_0).  See trajectory."""
+        return trajectory(self, xt, times, eta)
+
+    def vlb_terms(self, x0, times=None):
+        """All terms of the bound in nats, (B, K+1).  See vlb_terms."""
+        return vlb_terms(self, x0, times)
 
 
 def to_model(x):
@@ -45,453 +236,383 @@ def to_image(x0):
     return ((x0 + 1) / 2).clamp(0, 1)
 
 
-def at(table, t, x):
-    """table[t], shaped to multiply x: (T+1,), (B,), (B, C, H, W) -> (B, 1, 1, 1)."""
-    return table[t].to(x.dtype).view(-1, 1, 1, 1)
-
-
-# ---- the math
-
-
-def make_alpha_bar(schedule, T):
-    """ᾱ_0 = 1, ᾱ_1 ... ᾱ_T in float64, (T+1,), from the variances β_t of the steps' noise.
-
-    linear: β from 1e-4 to 0.02 (Ho, section 4), times 1000/T, so that x_T is noise for all T > 1.
-    cosine: Nichol & Dhariwal 2021 (17).  ValueError for another schedule, and for T < 1.
-    Ho (2), report (32)
-    """
-    common.check_range("T", T, 1)
-    common.check_choice("schedule", schedule, SCHEDULES)
-    if schedule == "linear":
-        beta = torch.linspace(1e-4, 0.02, T, dtype=torch.float64) * 1000 / T
-    else:
-        t = torch.arange(T + 1, dtype=torch.float64)
-        f = torch.cos((t / T + 0.008) / 1.008 * math.pi / 2) ** 2
-        beta = 1 - f[1:] / f[:-1]
-    alpha = 1 - beta.clamp(max=0.999)
-    return F.pad(alpha.cumprod(0), (1, 0), value=1.0)  # ᾱ_t = Π_{s=1..t} α_s   Ho (4)
-
-
-def draw_t(n, T, times="uniform", device="cpu"):
-    """Steps to train n images at, (n,) in 1 ... T.  Ho, Algorithm 1
-
-    focused: three quarters are T sigmoid(u/2 - 0.6), u ~ N(0, 1), half of them within 0.28 T and
-    0.43 T, where a digit takes its shape (after Esser et al. 2024, section 3.1); the others
-    (T+1)^u, u ~ U(0, 1), for most bits are paid at the finest steps.
-    """
-    common.check_choice("times", times, TIMES)
-    if times == "uniform":
-        return torch.randint(1, T + 1, (n,), device=device)  # t ~ U{1 ... T}
-    middle = (T * torch.sigmoid(torch.randn(n, device=device) / 2 - 0.6)).ceil()
-    fine = ((T + 1) ** torch.rand(n, device=device)).floor()
-    t = torch.where(torch.rand(n, device=device) < 0.75, middle, fine)
-    return t.long().clamp(1, T)
-
-
-class DDPM(nn.Module):
-    """q, p, the loss and the sampler for a network net(xt, t), which is ε_θ(x_t, t).
-
-    T: number of steps.  schedule: "linear", "cosine", or a table ᾱ_0 ... ᾱ_T, which gives T.
-    sigma: σ_t², the variance of p, is "posterior" (β̃_t) or "beta" (β_t).  Ho, section 3.2
-    clip: keep x̂_0 within [-1, 1], as Ho's code does, when sampling and in the bound.
-    loss: how the loss weighs each t.  shape: (C, H, W) of an image.  ValueError for other values.
-    """
-
-    def __init__(
-        self,
-        net,
-        T=1000,
-        schedule="linear",
-        sigma="posterior",
-        clip=True,
-        loss="simple",
-        shape=(1, 28, 28),
-    ):
-        super().__init__()
-        common.check_choice("sigma", sigma, SIGMAS)
-        common.check_choice("loss", loss, LOSSES)
-        alpha_bar = make_alpha_bar(schedule, T) if isinstance(schedule, str) else schedule
-        self.net = net
-        self.T = len(alpha_bar) - 1
-        self.sigma = sigma
-        self.clip = clip
-        self.shape = tuple(shape)
-
-        before = torch.cat([alpha_bar[:1], alpha_bar[:-1]])  # ᾱ_{t-1}, in entry 0 ᾱ_0
-        alpha = alpha_bar / before
-        beta = 1 - alpha
-        rest = (1 - alpha_bar).clamp(min=1e-300)  # 1 - ᾱ_t, no 0/0 in entry 0
-        beta_tilde = (1 - before) / rest * beta  # β̃_t   Ho (7)
-        variance = beta.clone()  # σ_t²
-        if sigma == "posterior" and self.T > 1:
-            variance = beta_tilde.clone()
-            variance[1] = beta_tilde[2]  # β̃_1 = 0 cannot be a decoder's
-        variance[0] = 1
-        weights = {
-            "simple": torch.ones_like(beta),  # Ho (14), report (74)
-            "bound": beta**2 / (2 * variance * alpha * rest),  # Ho (12), report (73)
-            "mu": beta**2 / (alpha * rest),
-            "x0": rest / alpha_bar,
-            "v": 1 / alpha_bar,
-        }
-        tables = {
-            "tau": torch.arange(self.T + 1),  # see respace
-            "alpha": alpha,
-            "alpha_bar": alpha_bar,
-            "alpha_bar_before": before,
-            "beta": beta,
-            "beta_tilde": beta_tilde,
-            "variance": variance,
-            "signal_rate": alpha_bar.sqrt(),  # x_t = signal_rate x_0 + noise_rate ε   Ho (4)
-            "noise_rate": (1 - alpha_bar).sqrt(),
-            "mu_x0": before.sqrt() * beta / rest,  # μ̃_t = mu_x0 x_0 + mu_xt x_t   Ho (7)
-            "mu_xt": alpha.sqrt() * (1 - before) / rest,
-            "weight": weights[loss],
-        }
-        for name, table in tables.items():
-            self.register_buffer(name, table, persistent=False)
-
-    def _apply(self, fn, recurse=True):
-        """What .to() and .bfloat16() call: tables follow the device, but keep their precision."""
-        tables = set(self.buffers())
-
-        def keep(x):
-            return x.to(fn(x).device) if x in tables else fn(x)
-
-        return super()._apply(keep, recurse)
-
-    # The forward process q.
-
-    def q_sample(self, x0, t, eps):
-        """x_t ~ q(x_t|x_0) by the noise eps ~ N(0, I): like x0.  Report (40) and (41)"""
-        return at(self.signal_rate, t, x0) * x0 + at(self.noise_rate, t, x0) * eps  # Ho (4)
-
-    def q_posterior(self, x0, xt, t):
-        """q(x_{t-1}|x_t, x_0): mean like xt, variance (B, 1, 1, 1).  Ho (6), report (65)"""
-        mean = at(self.mu_x0, t, xt) * x0 + at(self.mu_xt, t, xt) * xt  # μ̃_t   Ho (7)
-        return mean, at(self.beta_tilde, t, xt)  # β̃_t   Ho (7), report (66)
-
-    # The reverse process p.
-
-    def predict_x0(self, xt, t):
-        """x̂_0(x_t, t), the guess at x_0 that ε_θ means: like xt.  Report (67)"""
-        noise = at(self.noise_rate, t, xt) * self.net(xt, self.tau[t])  # t unless respaced
-        x0_hat = (xt - noise) / at(self.signal_rate, t, xt)  # Ho (15)
-        return x0_hat.clamp(-1, 1) if self.clip else x0_hat
-
-    def p_mean_variance(self, xt, t, x0_hat=None):
-        """p(x_{t-1}|x_t) = N(mean, variance I): mean like xt, variance (B, 1, 1, 1).
-
-        Without clipping the mean is Ho (11), report (72).  x0_hat: of predict_x0, if computed.
-        Ho (1), report (42)
-        """
-        if x0_hat is None:
-            x0_hat = self.predict_x0(xt, t)
-        mean, _ = self.q_posterior(x0_hat, xt, t)  # μ_θ(x_t, t)   Ho (7) and (11)
-        return mean, at(self.variance, t, xt)
-
-    def loss(self, x0, t=None, eps=None):
-        """mean(w_t ‖ε - ε_θ(x_t, t)‖²) per pixel: x0 (B, C, H, W) -> scalar.
-
-        To predict μ̃, x_0 or v is to weigh the error of ε_θ (Kingma & Gao 2023, section 2), by w_t
-        of the constructor's `loss`.  simple: 1, Ho's L_simple.  bound: that of L_{t-1}.
-        mu: ‖μ̃ - μ_θ‖².  x0: ‖x_0 - x̂_0‖².  v: ‖v - v_θ‖², v = √ᾱ_t ε - √(1-ᾱ_t) x_0
-        (Salimans & Ho 2022).  t (B,) is uniform, eps normal, unless given.
-        Ho, Algorithm 1, (12) and (14), report (73) and (74)
-        """
-        if t is None:
-            t = draw_t(len(x0), self.T, device=x0.device)
-        if eps is None:
-            eps = torch.randn_like(x0)
-        xt = self.q_sample(x0, t, eps)  # (B, C, H, W)
-        error = (eps - self.net(xt, self.tau[t])) ** 2
-        return (at(self.weight, t, xt) * error).mean()  # Ho (14)
-
-    forward = loss  # what DistributedDataParallel and torch.compile wrap
-
-    # Sampling.
-
-    def respace(self, steps):
-        """The chain that visits only `steps` of the T times, tau, as a DDPM of its own.
-
-        Its t = 1 ... steps is the network's tau[t], whose q(x_t|x_0) it keeps.
-        ValueError unless steps is in 1 ... T.
-        Nichol & Dhariwal 2021, section 4; Song et al. 2021, section 4.2 and appendix D.2
-        """
-        common.check_range("steps", steps, 1, self.T)
-        # closer together at small t, where the last gray goes, but no two alike
-        i = torch.arange(steps + 1, dtype=torch.float64, device=self.tau.device)
-        tau = (self.T * (i / steps) ** 1.5).round().maximum(i).long()
-        alpha_bar = self.alpha_bar[tau]
-        chain = DDPM(self.net, steps, alpha_bar, self.sigma, self.clip, shape=self.shape)
-        chain.tau = self.tau[tau]
-        return chain
-
-    def ddim_mean_variance(self, xt, t, x0_hat, eta):
-        """√ᾱ_{t-1} x̂_0 + √(1-ᾱ_{t-1}-η²β̃_t) ε̂, and η²β̃_t, which for η = 0 is DDIM.
-
-        Song et al. 2021 (12) and (16)
-        """
-        variance = eta**2 * self.beta_tilde
-        eps_rate = (1 - self.alpha_bar_before - variance).clamp(min=0).sqrt()
-        # ε by x̂_0, maybe clipped
-        eps_hat = (xt - at(self.signal_rate, t, xt) * x0_hat) / at(self.noise_rate, t, xt)
-        signal = at(self.alpha_bar_before.sqrt(), t, xt) * x0_hat
-        return signal + at(eps_rate, t, xt) * eps_hat, at(variance, t, xt)
-
-    @torch.no_grad()
-    def trajectory(self, xt, eta=1.0, start=None):
-        """Yields (t, x_t, x̂_0) for t = start ... 1, last (0, x_0, x_0): like xt.
-
-        xt (B, C, H, W) is x_start, by default x_T.  eta: 1 is Ho, Algorithm 2; see
-        ddim_mean_variance.  ValueError for eta not in [0, 1], start not in 1 ... T.
-        """
-        start = self.T if start is None else start
-        common.check_range("eta", eta, 0, 1)
-        common.check_range("start", start, 1, self.T)
-        for step in range(start, 0, -1):  # line 2
-            t = torch.full((len(xt),), step, device=xt.device)  # (B,)
-            x0_hat = self.predict_x0(xt, t)
-            yield step, xt, x0_hat
-            if eta == 1:
-                mean, variance = self.p_mean_variance(xt, t, x0_hat)
-            else:
-                mean, variance = self.ddim_mean_variance(xt, t, x0_hat, eta)
-            z = torch.randn_like(xt) if step > 1 else torch.zeros_like(xt)  # line 3
-            xt = mean + variance.sqrt() * z  # line 4, a draw from Ho (1), report (43)
-        yield 0, xt, xt
-
-    def sample(self, n, steps=None, eta=1.0):
-        """n images (n, C, H, W) in [0, 1] in `steps` network evaluations, by default T, Ho's.
-
-        eta: 1 is ancestral, 0 DDIM.  ValueError as in respace, trajectory.  Ho, Algorithm 2
-        """
-        common.check_range("n", n, 0)
-        chain = self if steps is None else self.respace(steps)
-        xT = torch.randn(n, *self.shape, device=self.beta.device)  # line 1
-        if n == 0:
-            return xT
-        for _, xt, _ in chain.trajectory(xT, eta):
-            x0 = xt
-        return to_image(x0)
-
-
-# ---- the network
+# ---- the network: a plain U-Net, and what goes into it
 
 
 class Block(nn.Module):
-    """Two convolutions, between them a scale and a shift by t (FiLM, Perez et al. 2018).
+    """Two convolutions with a skip: h (B, cin, H, W), time (B, embed) -> (B, cout, H, W).
 
-    h (B, cin, H, W), t embedded as e (B, embed) -> (B, cout, H, W).
+    In between, t scales and shifts each channel (FiLM, Perez et al. 2018).
     """
 
     def __init__(self, cin, cout, embed):
         super().__init__()
-        # not BatchNorm: a batch mixes all t.  One group is 5 times as fast on a CPU as eight
+        # GroupNorm, because BatchNorm would mix images of different t.  With one group it takes a
+        # fifth of the time that eight groups take on a CPU.
         self.norm1 = nn.GroupNorm(1, cin)
         self.conv1 = nn.Conv2d(cin, cout, 3, padding=1)
         self.norm2 = nn.GroupNorm(1, cout)
         self.conv2 = nn.Conv2d(cout, cout, 3, padding=1)
         self.film = nn.Linear(embed, 2 * cout)
         self.skip = nn.Conv2d(cin, cout, 1) if cin != cout else nn.Identity()
-        nn.init.zeros_(self.conv2.weight)  # a new block is its skip, plus a constant
+        nn.init.zeros_(self.conv2.weight)  # so that a new block passes its input through
 
-    def forward(self, h, e):
-        film = self.film(e)[:, :, None, None]  # (B, 2 cout, 1, 1)
-        scale, shift = film.chunk(2, dim=1)
-        y = self.conv1(F.silu(self.norm1(h)))  # (B, cout, H, W)
+    def forward(self, h, time):
+        scale, shift = self.film(time)[:, :, None, None].chunk(2, dim=1)
+        y = self.conv1(F.silu(self.norm1(h)))
         y = self.norm2(y) * (1 + scale) + shift
         y = self.conv2(F.silu(y))
         return self.skip(h) + y
 
 
 class UNet(nn.Module):
-    """ε_θ(x_t, t): (B, channels, H, W), (B,) -> like xt.  ValueError unless 4 divides H and W.
+    """A small U-Net: x (B, cin, H, W), t (B,) -> (B, cout, H, W).  It knows nothing of ᾱ_t.
 
-    width channels at half the resolution, 2x2 pixels being folded into channels, twice as many at
-    a quarter: 14 x 14 and 7 x 7 for a digit.  schedule and T are the chain's.
+    It has `width` channels at half the resolution and twice as many at a quarter, 14×14 and 7×7
+    for a digit.  The full resolution would cost most of the time, so 2×2 pixels are folded into
+    channels. ValueError unless H and W are multiples of 4.
     """
 
-    def __init__(self, channels=1, width=64, T=1000, schedule="linear"):
+    def __init__(self, cin=1, cout=1, width=64):
         super().__init__()
         self.width = width
         embed = 128
         layers = [nn.Linear(2 * width, embed), nn.SiLU(), nn.Linear(embed, embed), nn.SiLU()]
         self.time = nn.Sequential(*layers)
-        self.enter = nn.Conv2d(12 * channels, width, 3, padding=1)
-        self.down = Block(width, width, embed)
-        self.pool = nn.Conv2d(width, 2 * width, 3, stride=2, padding=1)
-        self.middle1 = Block(2 * width, 2 * width, embed)
-        self.middle2 = Block(2 * width, 2 * width, embed)
-        self.middle3 = Block(2 * width, 2 * width, embed)
-        self.unpool = nn.Conv2d(2 * width, width, 3, padding=1)
-        self.join = Block(2 * width, width, embed)
-        self.up = Block(width, width, embed)
-        self.norm = nn.GroupNorm(1, width)
-        self.leave = nn.Conv2d(width, 4 * channels, 3, padding=1)
-        nn.init.zeros_(self.leave.weight)
-        alpha_bar = make_alpha_bar(schedule, T)
-        self.register_buffer("signal_rate", alpha_bar.sqrt(), persistent=False)
-        self.register_buffer("noise_rate", (1 - alpha_bar).sqrt(), persistent=False)
+        self.conv_in = nn.Conv2d(4 * cin, width, 3, padding=1)
+        self.block_in = Block(width, width, embed)
+        self.down = nn.Conv2d(width, 2 * width, 3, stride=2, padding=1)
+        self.mid = nn.ModuleList(Block(2 * width, 2 * width, embed) for _ in range(3))
+        self.up = nn.Conv2d(2 * width, width, 3, padding=1)
+        self.block_join = Block(2 * width, width, embed)
+        self.block_out = Block(width, width, embed)
+        self.norm_out = nn.GroupNorm(1, width)
+        self.conv_out = nn.Conv2d(width, 4 * cout, 3, padding=1)
+        nn.init.zeros_(self.conv_out.weight)  # a new network gives a constant
 
-    def forward(self, xt, t):
-        if xt.shape[2] % 4 or xt.shape[3] % 4:
-            raise ValueError(f"height and width must be multiples of 4, not {xt.shape[2:]}")
-        dtype = self.leave.weight.dtype
+    def forward(self, x, t):
+        if x.shape[2] % 4 or x.shape[3] % 4:
+            raise ValueError(f"height and width must be multiples of 4, not {tuple(x.shape[2:])}")
         # sin and cos of t 10000^(-i/width), i = 0 ... width-1: Vaswani et al. 2017, section 3.5
         i = torch.arange(self.width, device=t.device)
         angle = t[:, None] * torch.exp(-math.log(10000) * i / self.width)  # (B, width)
-        e = torch.cat([angle.sin(), angle.cos()], dim=1)
-        e = self.time(e.to(dtype))  # (B, embed)
-        # ε, were each pixel black or white, as most are: near these it grows with x_t by
-        # 1/√(1-ᾱ_t), 100 at t = 1, which is hard to learn
-        signal_rate = at(self.signal_rate, t, xt)
-        noise_rate = at(self.noise_rate, t, xt)
-        black = ((xt + signal_rate) / noise_rate).clamp(-3, 3)
-        white = ((xt - signal_rate) / noise_rate).clamp(-3, 3)
-        h = torch.cat([xt, black, white], dim=1)  # (B, 3 channels, H, W)
-        h = F.pixel_unshuffle(h.to(dtype), 2)  # (B, 12 channels, H/2, W/2)
-        h = h.contiguous(memory_format=torch.channels_last)  # fast convolutions
-        h = self.enter(h)  # (B, width, H/2, W/2)
-        skip = self.down(h, e)
-        h = self.pool(skip)  # (B, 2 width, H/4, W/4)
-        h = self.middle1(h, e)
-        h = self.middle2(h, e)
-        h = self.middle3(h, e)
-        h = self.unpool(F.interpolate(h, scale_factor=2))  # (B, width, H/2, W/2)
-        h = self.join(torch.cat([h, skip], dim=1), e)
-        h = self.up(h, e)
-        h = self.leave(F.silu(self.norm(h)))  # (B, 4 channels, H/2, W/2)
-        v = F.pixel_shuffle(h, 2).to(xt.dtype)  # (B, channels, H, W)
-        # at large t, x_t is nearly ε: what is left to learn is v
+        time = self.time(torch.cat([angle.sin(), angle.cos()], dim=1))  # (B, embed)
+        h = F.pixel_unshuffle(x, 2)  # (B, 4 cin, H/2, W/2)
+        h = h.contiguous(memory_format=torch.channels_last)  # the layout of fast convolutions
+        h = self.conv_in(h)  # (B, width, H/2, W/2)
+        skip = self.block_in(h, time)
+        h = self.down(skip)  # (B, 2 width, H/4, W/4)
+        for block in self.mid:
+            h = block(h, time)
+        h = self.up(F.interpolate(h, scale_factor=2))  # (B, width, H/2, W/2)
+        h = self.block_join(torch.cat([h, skip], dim=1), time)
+        h = self.block_out(h, time)
+        h = self.conv_out(F.silu(self.norm_out(h)))  # (B, 4 cout, H/2, W/2)
+        return F.pixel_shuffle(h, 2)  # (B, cout, H, W)
+
+
+class Preconditioned(nn.Module):
+    """ε_θ(x_t, t) from a plain network whose task is made easier on both sides of it.
+
+    Karras et al. 2022 call this preconditioning.  net: 3C channels in, C out, as UNet.
+
+    Input: beside x_t, what ε would be if the pixel were black (x_0 = -1), and if it were white
+    (1). Most pixels of a digit are one or the other.  Near these ε grows with x_t by 1/√(1-ᾱ_t),
+    which is 100 at t = 1 and hard to learn: without the two planes, black comes out not quite
+    black. Output: v = √ᾱ_t ε - √(1-ᾱ_t) x_0 (Salimans & Ho 2022).  At large t, x_t is nearly ε
+    itself, and v is what is left to learn.  With x_t = √ᾱ_t x_0 + √(1-ᾱ_t) ε, Ho (4), x_0 cancels
+    in √(1-ᾱ_t) x_t + √ᾱ_t v = (1-ᾱ_t) ε + ᾱ_t ε = ε, so a guess at v is a guess at ε.
+    """
+
+    def __init__(self, net, alpha_bar):
+        super().__init__()
+        self.net = net
+        self.register_buffer("signal_rate", alpha_bar.sqrt().float(), persistent=False)
+        self.register_buffer("noise_rate", (1 - alpha_bar).sqrt().float(), persistent=False)
+
+    def forward(self, xt, t):
+        signal_rate = per_image(self.signal_rate[t])
+        noise_rate = per_image(self.noise_rate[t])
+        if_black = ((xt + signal_rate) / noise_rate).clamp(-3, 3)
+        if_white = ((xt - signal_rate) / noise_rate).clamp(-3, 3)
+        v = self.net(torch.cat([xt, if_black, if_white], dim=1), t)
         return noise_rate * xt + signal_rate * v
 
 
-# ---- training
-
-RECIPES = {
-    # Ho's and the report's objective; network, decay of the rate and averaging are ours
-    "paper": {"loss": "simple", "times": "uniform", "width": 64, "epochs": 100, "lr": 1e-3},
-    # minutes on two CPU cores
-    "short": {"loss": "v", "times": "focused", "width": 32, "epochs": 12, "lr": 4e-3},
-    # better digits in few epochs
-    "best": {"loss": "v", "times": "focused", "width": 64, "epochs": 100, "lr": 1e-3},
-}
-CHAIN = {"T": 1000, "schedule": "linear", "sigma": "posterior", "batch_size": 64}
-WARM_UP = 0.02  # share of the run in which the learning rate rises
-AVERAGED = 0.05  # share of the steps so far over which weights are averaged
-
-
 def build(settings):
-    """The model that a run's settings describe."""
-    T = settings["T"]
-    schedule = settings["schedule"]
-    shape = settings["shape"]
-    net = UNet(shape[0], settings["width"], T, schedule)
-    net.to(memory_format=torch.channels_last)
-    return DDPM(net, T, schedule, settings["sigma"], loss=settings["loss"], shape=shape)
+    """The DDPM of a run's settings, a dict.  To try another network, change this function."""
+    alpha_bar = make_alpha_bar(settings["schedule"], settings["T"])
+    channels = settings["shape"][0]
+    net = UNet(3 * channels, channels, settings["width"]).to(memory_format=torch.channels_last)
+    return DDPM(
+        Preconditioned(net, alpha_bar),
+        schedule=alpha_bar,
+        variance=settings["variance"],
+        weighting=settings["weighting"],
+        shape=settings["shape"],
+    )
 
 
-def defaults(args, device):
-    """The settings, unless flags or a checkpoint say otherwise."""
-    recipe = args.recipe or ("paper" if device.type == "cuda" else "short")
-    return {**common.DEFAULTS, **CHAIN, "recipe": recipe, **RECIPES[recipe]}
+# ---- the training loop
+
+
+def get_lr(done, peak):
+    """The learning rate when a share `done` in (0, 1) of the run is over: up, then half a cosine.
+
+    It ends at 0, because the last steps then average over the noise of the batches.
+    """
+    warm_up = min(1, done / WARM_UP)
+    decay = 0.5 * (1 + math.cos(math.pi * done))
+    return peak * warm_up * decay
+
+
+def update_average(average, model, step):
+    """Moves the averaged weights towards the model's after update `step` = 0, 1, 2, ...
+
+    The share 1 / (1 + 0.05 step) makes it an average over about the last twentieth of the steps so
+    far.  Ho's constant share, 0.0001, would remember the random start for the first 10,000 steps.
+    """
+    share = 1 / (1 + AVERAGED * step)
+    averages = list(average.parameters())
+    weights = [p.detach() for p in model.parameters()]
+    torch._foreach_lerp_(
+        averages, weights, share
+    )  # all at once: a GPU is slow at many small calls
 
 
 def train(args, device, watch=None):
-    """Ho, Algorithm 1, or what is left of it -> the model with averaged weights, the history.
+    """Trains by Ho's Algorithm 1, or goes on with a run that was stopped -> model, history.
 
-    args: of parse.  A row of the history: the mean loss in training, the averaged weights' on test
-    images, the seconds of training, and what watch(averaged model, epoch) gives.
-    OUT/ddpm.pt is written after each epoch.
+    args: as parse returns them.  The model has the averaged weights.  history is a list with one
+    dict an epoch: epoch, train_loss, test_loss (of the averaged weights), seconds of training
+    since the start, and what watch(model, epoch) returns.  After each epoch all of it is in
+    OUT/ddpm.pt.
     """
     path = Path(args.out) / "ddpm.pt"
-    settings, saved = common.open_run(args, path, defaults(args, device))  # fills in args
-    if saved and len(saved["history"]) == args.epochs:
-        return load(path, device), saved["history"]  # finished
-    x_train, _, x_test, _ = common.load_data(args, device)  # uint8 (N, C, H, W)
-    settings["shape"] = list(x_train.shape[1:])
-    torch.manual_seed(10**6 * args.seed)
-    model = build(settings).to(device)
-    ema = copy.deepcopy(model).requires_grad_(False).eval()  # averages of the weights
-    optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=True)
-    history = common.restore(saved, model=model, ema=ema, optimizer=optimizer)
-    averages = list(ema.parameters())
-    parameters = [p.detach() for p in model.parameters()]
-    loss_of = common.wrap(model, args)  # its forward
+    settings, saved = common.open_run(args, path, defaults(args, device), CODE)
+    check_steps(args, settings.T)
+    if saved and len(saved["history"]) == settings.epochs:
+        return load(path, device), saved["history"]
+    x_train, _, x_test, _ = common.load_data(settings, args, device)  # uint8 (N, C, H, W)
+    settings.shape = list(x_train.shape[1:])
+
+    torch.manual_seed(10**6 * settings.seed)
+    model = build(vars(settings)).to(device)
+    average = copy.deepcopy(model).requires_grad_(False)
+    optimizer = torch.optim.Adam(model.parameters(), lr=settings.lr, fused=True)
+    history = []
+    if saved:
+        model.load_state_dict(saved["model"])
+        average.load_state_dict(saved["ema"])
+        optimizer.load_state_dict(saved["optimizer"])
+        history = saved["history"]
+    wrapped = common.wrap(model, args)  # for several GPUs, or compiled; else the model itself
 
     N = len(x_train)
-    B = min(args.batch_size, N)
-    steps = N // B
+    B = min(settings.batch_size, N)
+    steps = N // B  # an epoch leaves out the N % B images for which no batch is left
     seconds = history[-1]["seconds"] if history else 0.0
-    common.log(f"recipe {args.recipe}; for another, give --recipe and --out")
-    common.log({"DDPM on": device, "steps an epoch": steps, **settings})
-    bar = tqdm(total=steps * args.epochs, initial=steps * len(history), disable=common.RANK > 0)
-    for epoch in range(len(history) + 1, args.epochs + 1):
+    objective = f"weighting {settings.weighting}, {settings.times} t"
+    common.log(f"recipe {settings.recipe}: {objective} (Ho's L_simple is --recipe paper)")
+    common.log({"DDPM on": device, "steps an epoch": steps, **vars(settings)})
+    bar = common.progress(total=steps * settings.epochs, initial=steps * len(history))
+    for epoch in range(len(history) + 1, settings.epochs + 1):
         started = time.perf_counter()
         total = torch.zeros((), device=device)
-        torch.manual_seed(10**6 * args.seed + epoch)  # the same after a stop
+        # Each epoch has a seed of its own, so that a run that was stopped draws the same numbers.
+        torch.manual_seed(10**6 * settings.seed + epoch)
         order = torch.randperm(N, device=device)[: steps * B].view(steps, B)
-        for step, batch in enumerate(common.share(order)):  # Algorithm 1, line 1
-            past = (epoch - 1) * steps + step  # updates before this one
-            done = (past + 0.5) / (steps * args.epochs)  # share of the run
-            warm_up = min(1, done / WARM_UP)
-            decay = 0.5 * (1 + math.cos(math.pi * done))
-            optimizer.param_groups[0]["lr"] = args.lr * warm_up * decay
+        for step, batch in enumerate(common.share(order), start=steps * (epoch - 1)):  # line 1
+            done = (step + 0.5) / (steps * settings.epochs)
+            optimizer.param_groups[0]["lr"] = get_lr(done, settings.lr)
 
-            x0 = to_model(x_train[batch] / 255)  # (B, C, H, W) in [-1, 1], line 2
-            t = draw_t(len(x0), args.T, args.times, device)  # (B,) in 1 ... T, line 3
+            x0 = to_model(x_train[batch] / 255)  # line 2: (B, C, H, W) in [-1, 1]
+            t = draw_t(len(x0), settings.T, settings.times, device)  # line 3: (B,) in 1 ... T
             eps = torch.randn_like(x0)  # line 4
-            with common.autocast(device):
-                loss = loss_of(x0, t, eps)  # line 5
+            with common.autocast(device, settings.precision):
+                loss = wrapped(x0, t, eps)  # line 5: DDPM.loss
 
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            torch._foreach_lerp_(averages, parameters, 1 / (1 + AVERAGED * past))
+            update_average(average, model, step)
             total += loss.detach()
             bar.update()
             if step % 50 == 0:
-                bar.set_description(f"DDPM, epoch {epoch}, loss {loss.item():.4g}")
+                bar.set_description(f"DDPM, epoch {epoch}, loss {loss.item():.4g}", refresh=False)
 
         row = {"epoch": epoch, "train_loss": total.item() / steps}
         seconds += time.perf_counter() - started
-        row |= {"test_loss": evaluate(ema, x_test, args.seed), "seconds": seconds}
+        test_loss = evaluate(average, x_test, settings.seed, settings.precision)
+        row |= {"test_loss": test_loss, "seconds": seconds}
         if watch:
-            row |= watch(ema, epoch)
+            row |= watch(average, epoch)
         history.append(row)
-        common.save_checkpoint(path, settings, history, model=model, ema=ema, optimizer=optimizer)
+        parts = {"model": model, "ema": average, "optimizer": optimizer}
+        common.save_checkpoint(path, vars(settings), history, CODE, **parts)
         common.log(row)
     bar.close()
-    return ema, history
+    average.settings = vars(settings)
+    return average, history
 
 
 @torch.no_grad()
-def evaluate(model, images, seed):
-    """The loss on all images, uint8 (N, C, H, W), t uniform; t and ε are the same each time."""
+def evaluate(model, images, seed, precision=None):
+    """The loss on all images, uint8 (N, C, H, W), with uniform t; t and ε depend on seed alone."""
     total = 0
-    with common.fork_seed(seed, images.device), common.autocast(images.device):
+    torch.manual_seed(seed)
+    with common.autocast(images.device, precision):
         for batch in images.split(500):
-            loss = model.loss(to_model(batch / 255))
-            total += loss * len(batch)
+            total += model.loss(to_model(batch / 255)) * len(batch)
     return total.item() / len(images)
 
 
-# ---- the bound
+# ---- beyond the paper: other schedules, how training draws t, and what each t weighs
+
+SCHEDULES = ("linear", "cosine")
+TIMES = ("uniform", "focused")
+WEIGHTINGS = ("simple", "bound", "mu", "x0", "v")
+VARIANCES = ("posterior", "beta")
+
+
+def cosine_beta(T):
+    """β_1 ... β_T of Nichol & Dhariwal 2021, equation (17), (T,) float64."""
+    t = torch.arange(T + 1, dtype=torch.float64)
+    f = torch.cos((t / T + 0.008) / 1.008 * math.pi / 2) ** 2
+    return (1 - f[1:] / f[:-1]).clamp(max=0.999)
+
+
+def draw_t(n, T, times="uniform", device="cpu"):
+    """The times at which n images are trained, (n,) int64 in 1 ... T.
+
+    "uniform": Ho, Algorithm 1, line 3.
+    "focused": three quarters are T sigmoid(u/2 - 0.6) with u ~ N(0, 1).  Half of these lie between
+    0.28 T and 0.43 T, where a digit takes its shape (after Esser et al. 2024, section 3.1).  The
+    others are (T+1)^u with u ~ U(0, 1), because most bits are paid at the smallest t.
+    ValueError for other `times`.
+    """
+    common.check_choice("times", times, TIMES)
+    if times == "uniform":
+        return torch.randint(1, T + 1, (n,), device=device)
+    middle = (T * torch.sigmoid(torch.randn(n, device=device) / 2 - 0.6)).ceil()
+    fine = ((T + 1) ** torch.rand(n, device=device)).floor()
+    t = torch.where(torch.rand(n, device=device) < 0.75, middle, fine)
+    return t.long().clamp(1, T)
+
+
+def loss_weights(alpha_bar, weighting, variance="posterior"):
+    """The weights w_0 ... w_T of ‖ε - ε_θ‖², (T+1,) float64; w_0 is never used.
+
+    Given x_t, a guess at ε is also one at μ̃_t, at x_0 and at v.  Their errors are that of ε times
+    a factor that depends on t alone, so what the loss measures is a choice of weights (Kingma &
+    Gao 2023, section 2): "bound" is L_{t-1} itself, "mu" ‖μ̃_t - μ_θ‖², "x0" ‖x_0 - x̂_0‖² and
+    "v" ‖v - v_θ‖² with v = √ᾱ_t ε - √(1-ᾱ_t) x_0.  ValueError for another name.
+    """
+    common.check_choice("weighting", weighting, WEIGHTINGS)
+    common.check_choice("variance", variance, VARIANCES)
+    now = alpha_bar[1:]  # ᾱ_t
+    before = alpha_bar[:-1]  # ᾱ_{t-1}
+    alpha = now / before
+    beta = 1 - alpha
+    sigma2 = beta.clone()  # σ_t²
+    if variance == "posterior" and len(now) > 1:
+        sigma2 = (1 - before) / (1 - now) * beta  # β̃_t
+        sigma2[0] = sigma2[1]  # β̃_1 = 0 would be an infinite weight
+    weights = {
+        "simple": torch.ones_like(now),  # Ho (14)
+        "bound": beta**2 / (2 * sigma2 * alpha * (1 - now)),  # Ho (12)
+        "mu": beta**2 / (alpha * (1 - now)),
+        "x0": (1 - now) / now,
+        "v": 1 / now,
+    }
+    return F.pad(weights[weighting], (1, 0))
+
+
+def check_alpha_bar(table):
+    """A table ᾱ_0 ... ᾱ_T, from a list, numpy or torch -> (T+1,) float64 on the CPU.
+
+    ValueError unless it falls from exactly 1 and stays above 0.
+    """
+    table = torch.as_tensor(table, dtype=torch.float64, device="cpu").detach().clone()
+    if table.ndim != 1 or len(table) < 2:
+        raise ValueError(f"a schedule is a table ᾱ_0 ... ᾱ_T, not of shape {tuple(table.shape)}")
+    if table[0] != 1:
+        raise ValueError(
+            f"a schedule begins with ᾱ_0 = 1, not {table[0].item():g}: prepend 1 to a table that "
+            "begins with ᾱ_1; from a table of β, take the cumulative product of 1 - β first"
+        )
+    if not ((table.diff() < 0).all() and table[-1] > 0):  # nan fails, too
+        raise ValueError("a schedule ᾱ_0 ... ᾱ_T must fall from step to step and stay above 0")
+    return table
+
+
+# ---- beyond the paper: samples in fewer steps, and with less noise
+
+
+def choose_times(T, steps=None):
+    """The times that a sampler visits, T ... 0: steps+1 falling ints.  None: all T+1.
+
+    They lie closer together at small t, where the last gray disappears: T (i/steps)^1.5, rounded,
+    no two alike.  ValueError unless steps is in 1 ... T.
+    """
+    steps = T if steps is None else steps
+    common.check_range("steps", steps, 1, T)
+    return [max(i, round(T * (i / steps) ** 1.5)) for i in range(steps, -1, -1)]
+
+
+@torch.no_grad()
+def trajectory(model, xt, times, eta=1.0):
+    """A sampler that visits falling `times`: yields (t, x_t, x̂_0) before each step.
+
+    xt (B, C, H, W) is x_t at the first of times.  If the last of times is 0, it ends with
+    (0, x_0, x_0).  With eta = 1 a step is Ho's, q(x_s|x_t, x_0) with x̂_0 for x_0.  eta < 1 adds
+    noise of variance η² β̃, and eta = 0 none: DDIM (Song et al. 2021).  ValueError for eta not in
+    [0, 1].
+    """
+    common.check_range("eta", eta, 0, 1)
+    for t, s in itertools.pairwise(times):
+        x0_hat = model.predict_x0(xt, t)
+        yield t, xt, x0_hat
+        mean, variance = model.p_mean_variance(xt, t, s, x0_hat)
+        if eta != 1:
+            mean, variance = ddim_mean_variance(model, x0_hat, xt, t, s, eta)
+        z = torch.randn_like(xt) if s > 0 else 0
+        xt = mean + variance**0.5 * z
+    yield times[-1], xt, xt
+
+
+def ddim_mean_variance(model, x0_hat, xt, t, s, eta):
+    """The step with noise of variance η² β̃: mean like xt, variance a float.
+
+    It makes up for the smaller noise with more of the noise ε̂ that x_t has already, so that x_s
+    has as much noise as before.  eta = 1 is q_posterior.  Song et al. 2021, (12) and (16)
+    """
+    _, beta_tilde = model.q_posterior(x0_hat, xt, t, s)
+    variance = eta**2 * beta_tilde
+    signal_rate, noise_rate = model.rates(t)
+    eps_hat = (xt - signal_rate * x0_hat) / noise_rate  # Ho (4), of a guess that may be clipped
+    alpha_bar_s = model.alpha_bar[s].item()
+    mean = alpha_bar_s**0.5 * x0_hat + (1 - alpha_bar_s - variance) ** 0.5 * eps_hat
+    return mean, variance
+
+
+# ---- beyond sampling: the bound, term by term
 
 
 def log_discretized_normal(x0, mean, sigma):
     """log P(x0) of 8-bit pixels, (B,) nats: a level has the normal's mass within half a level.
 
-    x0 (B, C, H, W) in {-1, -1 + 2/255, ..., 1}, mean like x0, sigma > 0 broadcastable.  The levels
-    -1 and 1 have the tails, too, so that the 256 probabilities sum to 1.
+    x0 (B, C, H, W) in {-1, -1 + 2/255, ..., 1}; mean like x0; sigma > 0, a number or a tensor.
+    The levels -1 and 1 have the tails, too, so that the 256 probabilities sum to 1.  Ho (13)
     """
-    level = ((x0.double() + 1) * 127.5).round()  # 0 ... 255; neighbours share their edge
-    high = ((level + 0.5) / 127.5 - 1 - mean.double()) / sigma
-    low = ((level - 0.5) / 127.5 - 1 - mean.double()) / sigma
+    level = ((x0.cpu().double() + 1) * 127.5).round()  # 0 ... 255
+    mean = mean.cpu().double()
+    high = ((level + 0.5) / 127.5 - 1 - mean) / sigma
+    low = ((level - 0.5) / 127.5 - 1 - mean) / sigma
     high = torch.where(level == 255, math.inf, high)  # δ_+(1) = ∞   Ho (13)
     low = torch.where(level == 0, -math.inf, low)  # δ_-(-1) = -∞   Ho (13)
-    # Φ(high) - Φ(low) = Φ(-low) - Φ(-high), the more exact one in the upper tail
+    # The mass is Φ(high) - Φ(low) = Φ(-low) - Φ(-high).  Where both are near 1, their difference
+    # has no digits left, so above the mean it is computed on the mirrored side.
     upper = low > 0
     log_high = torch.special.log_ndtr(torch.where(upper, -low, high))
     log_low = torch.special.log_ndtr(torch.where(upper, -high, low))
@@ -501,92 +622,129 @@ def log_discretized_normal(x0, mean, sigma):
 
 
 @torch.no_grad()
-def x0_errors(model, x0):
-    """‖x_0 - x̂_0(x_t, t)‖² for one draw of each x_t: (B, C, H, W) -> (B, T+1), column t for t.
+def x0_error(model, x0, t):
+    """‖x_0 - x̂_0(x_t, t)‖² for one draw of x_t: x0 (B, C, H, W) -> (B,).  t is an int.
 
-    All that the network gives to L_1 ... L_{T-1}, for any variance and any respaced chain.
+    It is all that the network contributes to a term of the bound between the first and the last.
     """
-    errors = torch.zeros(len(x0), model.T + 1, dtype=torch.float64, device=x0.device)
-    for step in tqdm(range(1, model.T + 1), "bound", leave=False, delay=2):
-        t = torch.full((len(x0),), step, device=x0.device)
-        xt = model.q_sample(x0, t, torch.randn_like(x0))
-        error = x0 - model.predict_x0(xt, t)
-        errors[:, step] = error.double().pow(2).flatten(1).sum(1)
-    return errors
+    xt = model.q_sample(x0, t, torch.randn_like(x0))
+    error = x0 - model.predict_x0(xt, t)
+    return error.pow(2).flatten(1).sum(1)
+
+
+def kl_of_step(model, t, s, error, variance=None):
+    """KL(q(x_s|x_t, x_0) ‖ p(x_s|x_t)) in nats, like error (B,), which x0_error gives.
+
+    For s = t-1 it is L_{t-1}.  variance: σ_t², if it is not the model's own.
+    """
+    of_x0, beta_tilde = model.q_posterior(1.0, 0.0, t, s)  # the factor of x_0 in μ̃_t
+    if variance is None:
+        _, variance = model.p_mean_variance(0.0, t, s, x0_hat=0.0)
+    gap = of_x0**2 * error  # ‖μ̃_t - μ_θ‖²
+    ratio = beta_tilde / variance
+    D = math.prod(model.shape)
+    return 0.5 * (D * (ratio - 1 - math.log(ratio)) + gap / variance)  # Ho (8)
 
 
 @torch.no_grad()
-def vlb_terms(model, x0, errors=None):
-    """Every term of the bound, by one draw of each x_t: x0 (B, C, H, W) -> (B, T+1) in nats.
+def first_term(model, x0, times):
+    """L_0 = -log p(x_0|x_t) in nats, (B,), for the smallest time t; x0 holds 8-bit levels."""
+    *_, u, t, _ = [None, *times]
+    xt = model.q_sample(x0, t, torch.randn_like(x0))
+    mean, variance = model.p_mean_variance(xt, t, 0)
+    if variance == 0:
+        # β̃_1 = 0 would be a decoder without doubt: Ho's code takes β̃_2 as σ_1².  This is the
+        # only place that needs it, because a sampler adds no noise in its last step.
+        _, variance = model.q_posterior(0.0, 0.0, u, t) if u else (0.0, model.rates(t)[1] ** 2)
+    return -log_discretized_normal(x0, mean, variance**0.5)  # Ho (13)
 
-    Column 0 is L_0, t-1 is L_{t-1}, T is L_T; bits/dim are nats / (C·H·W·ln 2).  x0 holds 8-bit
-    levels.  errors: of x0_errors, if already computed.
-    Ho (5), report (54)
+
+def last_term(model, x0, times):
+    """L_T = KL(q(x_T|x_0) ‖ N(0, I)) in nats, (B,)."""
+    a = model.alpha_bar[times[0]].item()
+    # The KL of KW (10) with mean √a x_0 and variance 1-a.
+    nats = 0.5 * (a * x0.cpu().double() ** 2 - a - math.log1p(-a))
+    return nats.flatten(1).sum(1)
+
+
+@torch.no_grad()
+def vlb_terms(model, x0, times=None):
+    """Every term of the bound, by one draw of each x_t: x0 (B, C, H, W) -> (B, K+1) in nats.
+
+    times: K+1 falling ints, T ... 0; all of them unless given.  Column 0 is L_0, column K is L_T,
+    and between them are the KLs, small t first.  x0 holds 8-bit levels.  Bits per dimension are
+    nats / (C·H·W·ln 2).  Ho (5)
     """
-    if errors is None:
-        errors = x0_errors(model, x0)
-    D = x0[0].numel()
-    one = torch.ones(len(x0), dtype=torch.int64, device=x0.device)
-    x1 = model.q_sample(x0, one, torch.randn_like(x0))
-    mean, variance = model.p_mean_variance(x1, one)
-    L_0 = -log_discretized_normal(x0, mean, variance.double().sqrt())  # Ho (13)
-    # L_{t-1} = KL(N(μ̃_t, β̃_t I) || N(μ_θ, σ_t² I)), mean part: Ho (12), report (73)
-    ratio = (model.beta_tilde / model.variance)[2:]
-    gap = model.mu_x0[2:] ** 2 * errors[:, 2:]  # ‖μ̃_t - μ_θ‖², (B, T-1)
-    L = 0.5 * (D * (ratio - 1 - ratio.log()) + gap / model.variance[2:])  # Ho (8), report (69)
-    # KL(N(√a x_0, (1-a) I) || N(0, I)) = ½ Σ (a x_0² - a - log(1-a)) over the pixels, a = ᾱ_T
-    a = model.alpha_bar[-1]
-    L_T = 0.5 * (a * x0.double() ** 2 - a - torch.log1p(-a)).flatten(1).sum(1)
-    return torch.cat([L_0[:, None], L, L_T[:, None]], dim=1)
-
-
-DDPM.vlb_terms = vlb_terms  # a method that reads better down here
+    times = model.times() if times is None else list(times)
+    columns = [first_term(model, x0, times)]
+    pairs = list(itertools.pairwise(times))[:-1]  # but for the last, from x_1 to x_0
+    for t, s in common.progress(pairs[::-1], "bound"):
+        columns.append(kl_of_step(model, t, s, x0_error(model, x0, t)))
+    columns.append(last_term(model, x0, times))
+    return torch.stack([column.cpu().double() for column in columns], dim=1)
 
 
 # ---- pictures
 
 
-def samples(model, n, steps=None, eta=1.0):
-    """DDPM.sample, 500 at a time, with a bar; steps: 50, not T."""
-    steps = min(steps or 50, model.T)
-    counts = [500] * (n // 500) + [n % 500]
-    with common.autocast(model.beta.device):
-        bar = tqdm(counts, "sampling", leave=False, delay=2)
-        return torch.cat([model.sample(count, steps, eta) for count in bar])
+def sample_many(model, n, steps=None, eta=1.0):
+    """DDPM.sample of n images, 500 at a time, with a progress bar."""
+    steps = steps or min(STEPS, model.T)
+    parts = [500] * (n // 500) + [n % 500] * (n % 500 > 0)
+    parts = common.progress(parts, "sampling")
+    return torch.cat([model.sample(part, steps, eta) for part in parts])
 
 
-def draw_samples(model, n, args, name):
-    """n samples in OUT/name, the same at every call for one seed."""
-    with common.fork_seed(args.seed, model.beta.device):
-        x = samples(model, n, args.steps, args.eta)
-    common.plot_grid(x, Path(args.out) / name, f"DDPM, {common.title(vars(args))}: {n} samples")
+def draw_samples(model, n, args, device, path):
+    """n samples in the picture `path`, the same at every call with the same seed."""
+    seed = model.settings["seed"] if args.seed is None else args.seed
+    torch.manual_seed(seed)
+    with common.autocast(device, args.precision):
+        x = sample_many(model, n, args.steps, args.eta)
+    title = f"DDPM, {common.title(model.settings)}: {n} samples"
+    common.plot_grid(x, path, title)
 
 
 @torch.no_grad()
 def draw(model, history, args, device):
     """The pictures of a trained model, in OUT."""
     out = Path(args.out)
-    name = f"DDPM, {common.title(vars(args))}"
-    draw_samples(model, 100, args, "ddpm_samples.png")
+    name = f"DDPM, {common.title(model.settings)}"
+    draw_samples(model, 100, args, device, out / "ddpm_samples.png")
 
-    torch.manual_seed(args.seed)
-    chain = model.respace(min(args.steps or 50, model.T))
+    torch.manual_seed(model.settings["seed"])
+    times = model.times(args.steps or min(STEPS, model.T))
     xt = torch.randn(1, *model.shape, device=device)
-    with common.autocast(device):
-        frames = list(chain.trajectory(xt, args.eta))
-    frames = frames[: -1 : math.ceil(chain.T / 50)] + frames[-1:]
-    steps, noisy, guess = zip(*frames, strict=True)
-    times = [f"t = {chain.tau[step]}" for step in steps]
+    with common.autocast(device, args.precision):
+        frames = list(model.trajectory(xt, times, args.eta))
+    every = math.ceil(len(times) / 51)  # at most 50 frames and the last one
+    t, noisy, guess = zip(*frames[:-1:every], frames[-1], strict=True)
+    labels = [f"t = {each}" for each in t]
     panels = {"$x_t$": to_image(torch.cat(noisy)), "$\\hat{x}_0$": to_image(torch.cat(guess))}
     title = f"{name}: from noise to a sample"
-    common.save_gif(panels, out / "ddpm_trajectory.gif", title, times)
-    first = (len(times) - 1) % 5  # to x_0
+    common.save_gif(panels, out / "ddpm_trajectory.gif", title, labels)
+    first = (len(labels) - 1) % 5  # so that the last of every fifth frame is x_0
     rows = {label: x[first::5] for label, x in panels.items()}
-    common.plot_rows(rows, out / "ddpm_trajectory.png", title, times[first::5])
+    common.plot_rows(rows, out / "ddpm_trajectory.png", title, labels[first::5])
 
-    curves = {f"training, t {args.times}": "train_loss", "test, averaged weights": "test_loss"}
-    path = out / "ddpm_loss.png"
-    common.plot_curves(history, curves, path, name, f"loss {args.loss}, per pixel")
+    drawn = f"training, {model.settings['times']} t"
+    curves = {drawn: "train_loss", "test, averaged weights": "test_loss"}
+    ylabel = f"loss ({model.settings['weighting']}), mean over pixels"
+    common.plot_curves(history, curves, out / "ddpm_loss.png", name, ylabel)
+
+
+# ---- the command line
+
+
+def defaults(args, device):
+    """The settings of a new run, where no flag says otherwise."""
+    recipe = args.recipe or ("paper" if device.type == "cuda" else "short")
+    return common.defaults(device) | CHAIN | {"recipe": recipe} | RECIPES[recipe]
+
+
+def check_steps(args, T):
+    if args.steps and args.steps > T:
+        raise common.InputError(f"--steps {args.steps} is more than T = {T}, all that there are")
 
 
 def load(path, device="cpu"):
@@ -595,36 +753,33 @@ def load(path, device="cpu"):
 
 
 def parse(argv):
-    """The command line -> args, None for what train fills in."""
+    """The command line -> args, with None for the settings that no flag gives."""
     parser = common.arguments(__doc__)
     add = parser.add_argument
     number = common.number
-    add("--recipe", choices=list(RECIPES), help="other defaults (GPU: paper, CPU: short)")
-    add("--loss", choices=LOSSES, help="weight of each t in the loss")
-    add("--times", choices=TIMES, help="how t is drawn in training")
-    add("--width", type=number(int, 4, 1024), help="channels of the U-Net")
+    add("--recipe", choices=list(RECIPES), help="other defaults (on a GPU paper, else short)")
+    add("--weighting", choices=WEIGHTINGS, help="weight of each t in the loss (the recipe's)")
+    add("--width", type=number(int, 4, 1024), help="channels of the U-Net (the recipe's)")
     add("--T", type=number(int, 2, 10000), help="steps of the chain (1000)")
     add("--schedule", choices=SCHEDULES, help="of the noise (linear)")
-    add("--sigma", choices=SIGMAS, help="σ_t²: β̃_t or β_t (posterior); η²β̃_t for --eta below 1")
-    add("--steps", type=number(int, 1, 10000), help="evaluations per sample (50)")
-    add("--eta", type=number(float, 0, 1), default=1.0, help="1: ancestral sampling, 0: DDIM (1)")
+    add("--steps", type=number(int, 1, 10000), help=f"network evaluations for a sample ({STEPS})")
+    add("--eta", type=number(float, 0, 1), default=1.0, help="noise in sampling; 0: DDIM (1)")
     return parser.parse_args(argv)
 
 
 def main(argv=None):
     args = parse(argv)
     device = common.start(args)
-    path = Path(args.out) / "ddpm.pt"
-    if not args.sample:
-        model, history = train(args, device)
-    if common.RANK > 0:
-        return  # one process draws
+    out = Path(args.out)
     if args.sample:
-        common.open_run(args, path, defaults(args, device))
-        draw_samples(load(path, device), args.sample, args, "ddpm_sample.png")
+        model = common.load_for_sampling(args, out / "ddpm.pt", load, device)
+        check_steps(args, model.T)
+        draw_samples(model, args.sample, args, device, out / "ddpm_sample.png")
     else:
-        draw(model, history, args, device)
-    common.log(f"wrote the pictures ddpm_* in {path.parent}/")
+        model, history = train(args, device)
+        if common.RANK == 0:
+            draw(model, history, args, device)
+    common.log(f"wrote the pictures ddpm_* in {out}/")
 
 
 if __name__ == "__main__":

@@ -1,16 +1,20 @@
-"""A variational autoencoder on MNIST, in the order of the paper: bound, model, training.
+"""A variational autoencoder (VAE) of handwritten digits, in the order of the paper.
 
-KW is Kingma & Welling 2014, "Auto-Encoding Variational Bayes" (arXiv:1312.6114), report the course
-report whose experiment this redoes (README.md).  x is an image, z its latent; the encoder gives
-q(z|x), the decoder p(x|z), and both are trained to raise a lower bound on log p(x):
+  python vae.py                                    train, or go on with a stopped run; then draw
+  python vae.py --latent-dim 20 --out results/z20  better images, but no map of the latents
+  python vae.py --sample 64 --seed 1               draw 64 images from the checkpoint in results/
 
-    log p(x)  >=  ELBO  =  E_q(z|x)[log p(x|z)]  -  KL(q(z|x) || p(z))     KW (3), report (16)
+KW is Kingma & Welling 2014, "Auto-Encoding Variational Bayes" (arXiv:1312.6114).
 
-p(z) = N(0, I); images are (B, C, H, W) in [0, 1]; a bound is in nats per image.
+x is an image and z its latent.  The encoder gives q(z|x), the decoder gives p(x|z), and the prior
+is p(z) = N(0, I).  Encoder and decoder are trained together to raise a lower bound on log p(x):
 
-  python vae.py                                    train, or go on; then draw pictures
-  python vae.py --latent-dim 20 --out results/z20  better images, no map of the latents
-  python vae.py --sample 64                        draw 64 images from the checkpoint in results/
+    log p(x)  >=  ELBO  =  E_q(z|x)[log p(x|z)]  -  KL(q(z|x) ‖ p(z))     KW (3)
+
+The first term wants the image back, the second wants q(z|x) close to the prior, so that what is
+decoded from the prior looks like an image, too.
+
+Images are (B, C, H, W) in [0, 1].  Both terms are in nats per image.
 """
 
 import math
@@ -20,46 +24,62 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn
-from tqdm import tqdm
 
 import common
 
-# ---- the bound
+# ---- settings
+
+SETTINGS = {
+    "latent_dim": 2,  # small enough to draw a map of the latents
+    "likelihood": "bernoulli",  # p(x|z); "gaussian" is the other one
+    "kl_weight": 1.0,  # of the KL in the loss.  Only with 1 is the loss -ELBO
+    "epochs": 100,  # as many as the course report that this repository redoes
+    "batch_size": 256,
+    "lr": 1e-3,  # at the start; it falls to 0 along half a cosine
+}
+LIKELIHOODS = ("bernoulli", "gaussian")
+
+# Changed code must not go on with weights that the old code trained: checkpoints keep this.
+CODE = common.fingerprint(__file__)
 
 
-def log_normal(x, mu, logvar):
-    """log N(x; mu, exp(logvar) I), nats: (..., n) -> (...).  Report (26)"""
-    log_density = math.log(2 * math.pi) + logvar + (x - mu) ** 2 / logvar.exp()
-    return -0.5 * log_density.sum(-1)  # KW (9)
+# ---- the terms of the bound
 
 
 def kl_to_prior(mu, logvar):
-    """KL(N(mu, exp(logvar) I) || N(0, I)) in nats: (..., n) -> (...).  KW, appendix B"""
-    return -0.5 * (1 + logvar - mu**2 - logvar.exp()).sum(-1)  # KW (10), report (24)
+    """KL(N(mu, σ²) ‖ N(0, I)) with σ² = exp(logvar), in nats: (..., n) -> (...).
+
+    Derived in KW, appendix B.
+    """
+    return -0.5 * (1 + logvar - mu**2 - logvar.exp()).sum(-1)  # KW (10)
 
 
 def log_bernoulli(x, logits):
-    """log Π_m ν_m^x_m (1 - ν_m)^(1 - x_m), ν = sigmoid(logits), in nats: (..., D) -> (...).
+    """log Π_i y_i^x_i (1 - y_i)^(1 - x_i) with y = sigmoid(logits), in nats: (..., D) -> (...).
 
-    A likelihood for x in {0, 1}; for gray x a customary score, which does not sum to 1 over the
-    256 levels: another model's nats cannot be held against it.
-    Report (28) and (29)
+    It is a likelihood of x in {0, 1}.  For gray x it is a customary score: its "probabilities" of
+    the 256 levels do not sum to 1, so its nats cannot be held against another model's.
     """
     x = x.expand_as(logits)
     nats = F.binary_cross_entropy_with_logits(logits, x, reduction="none")
-    return -nats.sum(-1)  # KW (11), report (30)
+    return -nats.sum(-1)  # KW (11)
+
+
+def log_normal(x, mu, logvar):
+    """log N(x; mu, σ²) with σ² = exp(logvar), in nats: (..., n) -> (...)."""
+    squared = (x - mu) ** 2 / logvar.exp()
+    return -0.5 * (math.log(2 * math.pi) + logvar + squared).sum(-1)  # KW (12)
 
 
 # ---- the model
 
-LIKELIHOODS = ("bernoulli", "gaussian")
-
 
 class VAE(nn.Module):
-    """Encoder and decoder, each an MLP of three layers, and the bounds on log p(x) they give.
+    """An encoder and a decoder, each an MLP of three layers.
 
-    latent_dim: size of z.  likelihood: "bernoulli", the decoder giving each pixel's probability of
-    white, or "gaussian", giving its mean.  shape: (C, H, W).  ValueError for other values.
+    latent_dim: the size of z.  likelihood: "bernoulli", where the decoder gives each pixel's
+    probability of white, or "gaussian", where it gives its mean.  shape: (C, H, W) of an image.
+    ValueError for any other value.
     """
 
     def __init__(self, latent_dim=2, likelihood="bernoulli", shape=(1, 28, 28)):
@@ -75,133 +95,149 @@ class VAE(nn.Module):
         self.encoder = nn.Sequential(*down, nn.Linear(256, 2 * latent_dim))
         self.decoder = nn.Sequential(*up, nn.Linear(512, D))
         if likelihood == "gaussian":
-            # log σ² of p(x|z)   (σ-VAE, Rybkin et al. 2021)
+            # log σ² of p(x|z), one number for all pixels, learned with the rest (Rybkin et al.
+            # 2021).  It starts at σ = 0.37, the spread of pixels around a gray mean.
             self.logvar_x = nn.Parameter(torch.tensor(-2.0))
 
     def encode(self, x):
-        """q(z|x) = N(mu, exp(logvar) I): x (B, C, H, W) -> mu, logvar, each (B, latent_dim)."""
-        h = common.in_own_dtype(self.encoder, x.flatten(1))  # (B, 2 latent_dim)
-        mu, logvar = h.chunk(2, dim=-1)  # KW (9), report (22)
+        """q(z|x) = N(mu, σ²), σ² = exp(logvar): x (B, C, H, W) -> mu, logvar, (B, latent_dim)."""
+        h = self.encoder(x.flatten(1)).to(x.dtype)  # (B, 2 latent_dim)
+        mu, logvar = h.chunk(2, dim=-1)  # KW (9)
         return mu, logvar
 
     def reparameterize(self, mu, logvar, eps=None):
-        """A draw from q(z|x), like mu, with its gradient.  KW (4), report (18)"""
+        """A draw z from q(z|x), like mu.  Its noise eps ~ N(0, I) comes from outside.  KW (4)
+
+        So z is a function of mu and logvar, and gradients pass through it to the encoder.
+        """
         if eps is None:
             eps = torch.randn_like(mu)
         sigma = (0.5 * logvar).exp()
-        return mu + sigma * eps  # z = μ + σ ⊙ ε, ε ~ N(0, I)   KW (10)
+        return mu + sigma * eps  # KW (10)
 
     def decode(self, z):
-        """The mean of p(x|z): z (..., latent_dim) -> (..., C, H, W) in [0, 1]."""
-        logits = common.in_own_dtype(self.decoder, z)  # (..., D)
-        return torch.sigmoid(logits).unflatten(-1, self.shape)
+        """The mean image of p(x|z): z (..., latent_dim) -> (..., C, H, W) in [0, 1]."""
+        return torch.sigmoid(self.logits(z)).unflatten(-1, self.shape)
+
+    def logits(self, z):
+        """The decoder's output before the sigmoid: z (..., latent_dim) -> (..., D)."""
+        return self.decoder(z).to(z.dtype)
 
     def log_likelihood(self, x, z):
         """log p(x|z) in nats: x (B, C, H, W), z (..., B, latent_dim) -> (..., B)."""
-        logits = common.in_own_dtype(self.decoder, z)  # (..., B, D)
-        x = x.flatten(1).to(logits.dtype)  # (B, D)
+        x = x.flatten(1)  # (B, D)
         if self.likelihood == "bernoulli":
-            return log_bernoulli(x, logits)
-        mean = torch.sigmoid(logits)
-        return log_normal(x, mean, self.logvar_x)  # one σ² for all   KW (12), report (26)
+            return log_bernoulli(x, self.logits(z))  # KW (11)
+        return log_normal(x, torch.sigmoid(self.logits(z)), self.logvar_x)  # KW (12)
+
+    def forward(self, x):
+        """The ELBO's two terms by one draw of z: x (B, C, H, W) -> reconstruction, kl, (B,) nats.
+
+        One draw an image is enough for training, where the batch averages (KW, section 2.3).
+        """
+        mu, logvar = self.encode(x)
+        z = self.reparameterize(mu, logvar)
+        return self.log_likelihood(x, z), kl_to_prior(mu, logvar)  # KW (7), L = 1
+
+    @torch.no_grad()
+    def sample(self, n):
+        """n images (n, C, H, W) in [0, 1]: means of p(x|z) for z ~ p(z).  ValueError for n < 0."""
+        common.check_range("n", n, 0)
+        device = self.encoder[0].weight.device
+        z = torch.randn(n, self.latent_dim, device=device)  # z ~ p(z) = N(0, I)
+        return self.decode(z)
+
+    # ---- other estimators of the bound, for measuring rather than training
 
     def elbo_terms(self, x, samples=1, eps=None):
-        """The ELBO's two terms, by the mean log-likelihood of L = samples draws: estimator B.
+        """The ELBO's two terms by L = samples draws of z: estimator B.  KW (7)
 
-        x (B, C, H, W) -> reconstruction, kl, each (B,) in nats per image.  eps: the draws' noise
-        (samples, B, latent_dim).  ValueError for samples < 1.
-        KW (5), (7) and (10), report (19), (21), (23) and (24); report (27) and (31)
+        x (B, C, H, W) -> reconstruction, kl, each (B,) in nats.  The first is the mean of L
+        log-likelihoods.  (The likelihood of the mean of L latents would be something else.)
+        eps: the noise of the draws, (samples, B, latent_dim).  ValueError for samples < 1.
         """
         common.check_range("samples", samples, 1)
         mu, logvar = self.encode(x)
-        # (L, B, latent_dim)
-        z = self.reparameterize(mu.expand(samples, -1, -1), logvar.expand(samples, -1, -1), eps)
-        reconstruction = self.log_likelihood(x, z).mean(0)  # KW (7), report (21)
-        return reconstruction, kl_to_prior(mu, logvar)
-
-    def forward(self, x, eps=None):
-        """What DistributedDataParallel and torch.compile wrap."""
-        return self.elbo_terms(x, eps=eps)
+        each = (samples, *mu.shape)
+        z = self.reparameterize(mu.expand(each), logvar.expand(each), eps)  # (L, B, latent_dim)
+        return self.log_likelihood(x, z).mean(0), kl_to_prior(mu, logvar)  # KW (7)
 
     def log_weights(self, x, samples=1):
         """log p(x, z) - log q(z|x) for z ~ q(z|x): x (B, C, H, W) -> (samples, B) in nats.
 
-        Its mean is estimator A of the ELBO, noisier than B: its KL is a draw.
-        KW (2) and (6), report (8) and (20)
+        Its mean is estimator A of the ELBO, which is noisier than B because its KL is a draw, too.
+        Its logsumexp minus log(samples) is a tighter bound (Burda et al. 2016).  KW (2) and (6)
         """
         common.check_range("samples", samples, 1)
         mu, logvar = self.encode(x)
-        z = self.reparameterize(mu.expand(samples, -1, -1), logvar.expand(samples, -1, -1))
+        each = (samples, *mu.shape)
+        z = self.reparameterize(mu.expand(each), logvar.expand(each))
         log_prior = log_normal(z, torch.zeros_like(z), torch.zeros_like(z))  # log N(z; 0, I)
         log_q = log_normal(z, mu, logvar)
-        return self.log_likelihood(x, z) + log_prior - log_q  # KW (6), report (20)
-
-    @torch.no_grad()
-    def sample(self, n):
-        """n images (n, C, H, W) in [0, 1]: means of p(x|z), z ~ p(z).  Report, section 2.4"""
-        common.check_range("n", n, 0)
-        device = self.encoder[0].weight.device
-        return self.decode(torch.randn(n, self.latent_dim, device=device))  # z ~ p(z)
+        return self.log_likelihood(x, z) + log_prior - log_q  # KW (6)
 
 
 def build(settings):
-    """The model that a run's settings describe."""
+    """The VAE of a run's settings, a dict.  To try another network, change this function."""
     return VAE(settings["latent_dim"], settings["likelihood"], settings["shape"])
 
 
-# ---- training
+# ---- the training loop
 
 
-DEFAULTS = {
-    **common.DEFAULTS,
-    "latent_dim": 2,
-    "likelihood": "bernoulli",
-    "kl_weight": 1.0,
-    "epochs": 100,
-    "batch_size": 256,
-    "lr": 1e-3,
-}
+def get_lr(done, peak):
+    """The learning rate when a share `done` in (0, 1) of the run is over: half a cosine.
+
+    It ends at 0, because the last steps then average over the noise of the batches.
+    """
+    return peak * 0.5 * (1 + math.cos(math.pi * done))
 
 
 def train(args, device, watch=None):
-    """Maximizes the ELBO by Adam, or goes on with it -> the model, the history.
+    """Maximizes the ELBO, or goes on with a run that was stopped -> model, history.
 
-    args: of parse.  A row of the history: both terms of the ELBO, nats per image, in training and
-    on test images, the seconds of training, what watch(model, epoch) gives.  OUT/vae.pt is written
-    after each epoch.  KW, Algorithm 1; report (15)
+    KW, Algorithm 1.  args: as parse returns them.  history is a list with one dict an epoch:
+    epoch, both terms of the ELBO in training and on test images (nats per image), seconds of
+    training since the start, and what watch(model, epoch) returns.  After each epoch all of it is
+    in OUT/vae.pt.
     """
     path = Path(args.out) / "vae.pt"
-    settings, saved = common.open_run(args, path, DEFAULTS)  # fills in args
-    x_train, _, x_test, _ = common.load_data(args, device)  # uint8 (N, C, H, W)
-    if saved and len(saved["history"]) == args.epochs:
-        return load(path, device), saved["history"]  # finished
-    settings["shape"] = list(x_train.shape[1:])
-    torch.manual_seed(10**6 * args.seed)
-    model = build(settings).to(device)
-    optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=True)
-    history = common.restore(saved, model=model, optimizer=optimizer)
-    elbo_terms = common.wrap(model, args)  # its forward
+    settings, saved = common.open_run(args, path, defaults(args, device), CODE)
+    if saved and len(saved["history"]) == settings.epochs:
+        return load(path, device), saved["history"]
+    x_train, _, x_test, _ = common.load_data(settings, args, device)  # uint8 (N, C, H, W)
+    settings.shape = list(x_train.shape[1:])
+
+    torch.manual_seed(10**6 * settings.seed)
+    model = build(vars(settings)).to(device)
+    optimizer = torch.optim.Adam(model.parameters(), lr=settings.lr, fused=True)
+    history = []
+    if saved:
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        history = saved["history"]
+    wrapped = common.wrap(model, args)  # for several GPUs, or compiled; else the model itself
 
     N = len(x_train)
-    B = min(args.batch_size, N)
-    steps = N // B
+    B = min(settings.batch_size, N)
+    steps = N // B  # an epoch leaves out the N % B images for which no batch is left
     seconds = history[-1]["seconds"] if history else 0.0
-    common.log({"VAE on": device, "steps an epoch": steps, **settings})
-    bar = tqdm(total=steps * args.epochs, initial=steps * len(history), disable=common.RANK > 0)
-    for epoch in range(len(history) + 1, args.epochs + 1):
+    common.log({"VAE on": device, "steps an epoch": steps, **vars(settings)})
+    bar = common.progress(total=steps * settings.epochs, initial=steps * len(history))
+    for epoch in range(len(history) + 1, settings.epochs + 1):
         started = time.perf_counter()
         total = torch.zeros(2, device=device)
-        torch.manual_seed(10**6 * args.seed + epoch)  # the same after a stop
+        # Each epoch has a seed of its own, so that a run that was stopped draws the same numbers.
+        torch.manual_seed(10**6 * settings.seed + epoch)
         order = torch.randperm(N, device=device)[: steps * B].view(steps, B)
-        for step, batch in enumerate(common.share(order)):
-            done = (epoch - 1 + (step + 0.5) / steps) / args.epochs  # share of the run
-            decay = 0.5 * (1 + math.cos(math.pi * done))
-            optimizer.param_groups[0]["lr"] = args.lr * decay
+        for step, batch in enumerate(common.share(order), start=steps * (epoch - 1)):
+            done = (step + 0.5) / (steps * settings.epochs)
+            optimizer.param_groups[0]["lr"] = get_lr(done, settings.lr)
 
             x = x_train[batch] / 255  # (B, C, H, W) in [0, 1]
-            with common.autocast(device):
-                reconstruction, kl = elbo_terms(x)  # (B,) nats each
-            loss = (args.kl_weight * kl - reconstruction).mean()  # for weight 1, -1/N of KW (8)
+            with common.autocast(device, settings.precision):
+                reconstruction, kl = wrapped(x)  # (B,) nats each
+            loss = (settings.kl_weight * kl - reconstruction).mean()  # -ELBO: KW (8) over -N
 
             optimizer.zero_grad()
             loss.backward()
@@ -209,41 +245,57 @@ def train(args, device, watch=None):
             total += torch.stack([reconstruction.mean(), kl.mean()]).detach()
             bar.update()
             if step % 50 == 0:
-                bar.set_description(f"VAE, epoch {epoch}, loss {loss.item():.4g}")
+                bar.set_description(f"VAE, epoch {epoch}, loss {loss.item():.4g}", refresh=False)
 
-        reconstruction, kl = (total / steps).tolist()
+        train_reconstruction, train_kl = (total / steps).tolist()
         seconds += time.perf_counter() - started
-        row = {"epoch": epoch, "train_reconstruction": reconstruction, "train_kl": kl}
-        reconstruction, kl = evaluate(model, x_test, args.seed)
-        row |= {"test_reconstruction": reconstruction, "test_kl": kl, "seconds": seconds}
+        test_reconstruction, test_kl = evaluate(model, x_test, settings.seed)
+        row = {
+            "epoch": epoch,
+            "train_reconstruction": train_reconstruction,
+            "train_kl": train_kl,
+            "test_reconstruction": test_reconstruction,
+            "test_kl": test_kl,
+            "seconds": seconds,
+        }
         if watch:
             row |= watch(model, epoch)
         history.append(row)
-        common.save_checkpoint(path, settings, history, model=model, optimizer=optimizer)
+        parts = {"model": model, "optimizer": optimizer}
+        common.save_checkpoint(path, vars(settings), history, CODE, **parts)
         common.log(row)
     bar.close()
+    model.settings = vars(settings)
     return model.eval(), history
 
 
 @torch.no_grad()
 def evaluate(model, images, seed):
     """Both terms of the ELBO in nats, means over images, uint8 (N, C, H, W)."""
-    with common.fork_seed(seed, images.device):
-        terms = [torch.stack(model.elbo_terms(batch / 255)) for batch in images.split(1000)]
-    return torch.cat(terms, dim=1).double().mean(1).tolist()
+    torch.manual_seed(seed)
+    terms = [torch.stack(model.elbo_terms(batch / 255)) for batch in images.split(1000)]
+    return torch.cat(terms, dim=1).mean(1).tolist()
 
 
 # ---- pictures
 
 
+def draw_samples(model, n, args, path):
+    """n samples in the picture `path`, the same at every call with the same seed."""
+    torch.manual_seed(model.settings["seed"] if args.seed is None else args.seed)
+    title = f"VAE, {model.latent_dim}-D latent, {common.title(model.settings)}: {n} samples"
+    common.plot_grid(model.sample(n), path, title)
+
+
 @torch.no_grad()
 def draw(model, history, args, device):
-    """A model's pictures, in OUT."""
+    """The pictures of a trained model, in OUT."""
     out = Path(args.out)
-    name = f"VAE, {model.latent_dim}-D latent, {common.title(vars(args))}"
-    _, _, x_test, y_test = common.load_data(args, device)
-    torch.manual_seed(args.seed)
-    common.plot_grid(model.sample(100), out / "vae_samples.png", f"{name}: 100 samples")
+    name = f"VAE, {model.latent_dim}-D latent, {common.title(model.settings)}"
+    draw_samples(model, 100, args, out / "vae_samples.png")
+
+    settings = common.Namespace(**model.settings)
+    _, _, x_test, y_test = common.load_data(settings, args, device)
     x = x_test[:12] / 255
     rows = {"test image": x, "decoded μ(x)": model.decode(model.encode(x)[0])}
     common.plot_rows(rows, out / "vae_reconstructions.png", f"{name}: reconstructions")
@@ -253,21 +305,29 @@ def draw(model, history, args, device):
         "KL, training": "train_kl",
         "KL, test": "test_kl",
     }
-    common.plot_curves(
-        history, curves, out / "vae_curves.png", name, "ELBO's terms, nats an image"
-    )
+    ylabel = "terms of the ELBO, nats per image"
+    common.plot_curves(history, curves, out / "vae_curves.png", name, ylabel)
     if model.latent_dim == 2:
         mu = torch.cat([model.encode(batch / 255)[0] for batch in x_test.split(1000)])
-        common.plot_latent(mu, y_test, out / "vae_latent.png", f"{name}:\nμ(x) of the test images")
+        title = f"{name}:\nμ(x) of the test images; circles: 1 and 2 σ of the prior"
+        common.plot_latent(mu, y_test, out / "vae_latent.png", title)
+
+
+# ---- the command line
+
+
+def defaults(args, device):
+    """The settings of a new run, where no flag says otherwise."""
+    return common.defaults(device) | SETTINGS
 
 
 def load(path, device="cpu"):
-    """The VAE of a checkpoint.  common.InputError for any other file."""
+    """The trained VAE of a checkpoint.  common.InputError for any other file."""
     return common.load_model(path, "vae", "model", device, build)
 
 
 def parse(argv):
-    """The command line -> args, None for what train fills in."""
+    """The command line -> args, with None for the settings that no flag gives."""
     parser = common.arguments(__doc__)
     add = parser.add_argument
     add("--latent-dim", type=common.number(int, 1, 512), help="size of z (2)")
@@ -279,20 +339,15 @@ def parse(argv):
 def main(argv=None):
     args = parse(argv)
     device = common.start(args)
-    path = Path(args.out) / "vae.pt"
-    if not args.sample:
-        model, history = train(args, device)
-    if common.RANK > 0:
-        return  # one process draws
+    out = Path(args.out)
     if args.sample:
-        common.open_run(args, path, DEFAULTS)
-        model = load(path, device)
-        torch.manual_seed(args.seed)
-        name = f"VAE, {model.latent_dim}-D latent, {model.title}: samples"
-        common.plot_grid(model.sample(args.sample), path.with_name("vae_sample.png"), name)
+        model = common.load_for_sampling(args, out / "vae.pt", load, device)
+        draw_samples(model, args.sample, args, out / "vae_sample.png")
     else:
-        draw(model, history, args, device)
-    common.log(f"wrote the pictures vae_* in {path.parent}/")
+        model, history = train(args, device)
+        if common.RANK == 0:
+            draw(model, history, args, device)
+    common.log(f"wrote the pictures vae_* in {out}/")
 
 
 if __name__ == "__main__":
