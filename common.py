@@ -503,15 +503,28 @@ def fingerprint(file):
 
 
 def open_run(args, path, default, code):
-    """What a run trains with, and what its checkpoint at path holds already.
+    """What a run trains with, and what its checkpoint at path holds already: see find_run.
 
-    -> settings, a Namespace with a value for each of default: the flag's if it is given, else that
-    of the checkpoint, else the default; and the checkpoint, a dict, or None for a new run.
-    InputError where a flag, the code (a fingerprint) or the pictures contradict the checkpoint,
-    and where another process is writing it.
+    It says where the run goes on.  InputError also where another process is writing to path.
     """
     if RANK == 0:
         _lock(path)
+    settings, saved = find_run(args, path, default, code)
+    if saved:
+        done = len(saved["history"])
+        finished = f"{path} is finished: drawing its pictures again (--fresh trains anew)"
+        going_on = f"going on after epoch {done} of {settings.epochs}"
+        log(finished if done == settings.epochs else going_on)
+    return settings, saved
+
+
+def find_run(args, path, default, code):
+    """The settings of a run, and its checkpoint at path, a dict, or None for a new run.
+
+    settings is a Namespace with a value for each of default: the flag's if it is given, else the
+    checkpoint's, else the default.  InputError where a flag, the pictures or the code (a fingerprint)
+    contradict the checkpoint.
+    """
     saved = load_checkpoint(path, path.stem) if path.exists() and not args.fresh else None
     settings = Namespace(**(saved["settings"] if saved else default))
     if saved:
@@ -534,11 +547,6 @@ def open_run(args, path, default, code):
                 f"the pictures in {folder} have changed since {path} was trained: --fresh trains "
                 "anew, another --out keeps both"
             )
-    if saved:
-        done = len(saved["history"])
-        finished = f"{path} is finished: drawing its pictures again (--fresh trains anew)"
-        going_on = f"going on after epoch {done} of {settings.epochs}"
-        log(finished if done == settings.epochs else going_on)
     return settings, saved
 
 

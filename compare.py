@@ -7,7 +7,8 @@ report.md, results.json and figures into OUT.
   python compare.py --recipe paper   Ho's and the report's objective, epochs
 """
 
-import copy
+import contextlib
+import itertools
 import json
 import math
 import time
@@ -18,7 +19,6 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import nn
 from torchvision.utils import make_grid
-from tqdm import tqdm
 
 import common
 import ddpm
@@ -48,48 +48,58 @@ RUNS = {  # script, checkpoint in OUT, latent numbers
 VAES = ("VAE, 2-D", "VAE, 20-D")
 
 
-def open_runs(args, device):
-    """{name: (args for train, checkpoint or None)}; fills in what args leave open.
+SHARED = ("data", "size", "limit", "seed", "precision")  # settings that all models have in common
 
-    InputError where flags or runs contradict.
+
+def open_runs(args, device):
+    """{name: args of its train} for each of RUNS; fills in the shared flags that args leave open.
+
+    They are as in the models that OUT has already, else the defaults.
+    InputError where flags or models contradict one another.
     """
     out = Path(args.out)
+    found = {}
+    for name, (_, file, _) in RUNS.items():
+        if (out / file).exists() and not args.fresh:
+            found[name] = common.load_checkpoint(out / file, Path(file).stem)["settings"]
+
+    def settle(flag, names, default):
+        """The value of a flag for the models of these names, if it is not given."""
+        values = [found[name][flag] for name in names if name in found]
+        if any(value != values[0] for value in values):
+            raise common.InputError(f"{out} has {flag} {values}: choose another --out")
+        return values[0] if values else default
+
+    for flag in SHARED:
+        value = settle(flag, RUNS, common.defaults(device)[flag])
+        if getattr(args, flag) is None:
+            setattr(args, flag, value)
+    if args.data not in common.SETS:
+        raise common.InputError(f"{args.data} has no labels: choose {', '.join(common.SETS)}")
+    args.recipe = args.recipe or settle("recipe", ["DDPM"], ddpm.defaults(args, device)["recipe"])
+    vae_epochs = settle("epochs", VAES, 30 if args.recipe == "short" else 100)
+
     runs = {}
-    vae_epochs = args.epochs
-    for name in sorted(RUNS, key=lambda name: not (out / RUNS[name][1]).exists()):
-        script, file, latent_dim = RUNS[name]
+    for name, (script, file, latent_dim) in RUNS.items():
         run = script.parse([])
         for flag in vars(run).keys() & vars(args).keys():
             setattr(run, flag, getattr(args, flag))
         run.out = str((out / file).parent)
-        defaults = ddpm.defaults(args, device)
         if script is vae:
             run.latent_dim = latent_dim
-            run.epochs = vae_epochs
-            epochs = 30 if defaults["recipe"] == "short" else 100
-            defaults = {**vae.DEFAULTS, "epochs": epochs}
-        _, saved = common.open_run(run, out / file, defaults)
-        vae_epochs = run.epochs if script is vae else vae_epochs
-        for flag in (*common.DEFAULTS, "recipe"):
-            setattr(args, flag, getattr(run, flag, args.recipe))
-        runs[name] = (run, saved)
-    for flag in common.DEFAULTS:
-        values = {str(getattr(run, flag)) for run, _ in runs.values()}
-        if len(values) > 1:
-            raise common.InputError(f"{out} has {flag} {values}: choose another --out")
-    if args.data not in common.SETS:
-        raise common.InputError(f"{args.data} has no labels: choose {', '.join(common.SETS)}")
+            run.epochs = args.epochs or vae_epochs
+        default = script.defaults(run, device)
+        settings, _ = common.find_run(run, out / file, default, script.CODE)
+        run.epochs = settings.epochs
+        runs[name] = run
     return runs
 
 
-def trained(name, run, saved, device, watch):
+def trained(name, run, device, watch):
     """The model of a run, trained or loaded, and its history; draws its pictures."""
     script, file, _ = RUNS[name]
     Path(run.out).mkdir(exist_ok=True)
-    if saved and len(saved["history"]) == run.epochs:
-        history = saved["history"]
-    else:
-        _, history = script.train(run, device, watch)
+    _, history = script.train(run, device, watch)
     model = script.load(Path(run.out) / Path(file).name, device)
     script.draw(model, history, run, device)
     return model, history
@@ -105,15 +115,23 @@ def to_bytes(x):
 
 def evaluations(model):
     """Evaluations per sample."""
-    return min(50, model.T) if isinstance(model, ddpm.DDPM) else 1
+    return min(ddpm.STEPS, model.T) if isinstance(model, ddpm.DDPM) else 1
+
+
+@contextlib.contextmanager
+def seeded(seed, device):
+    """Random numbers from this seed inside; outside they go on as before."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
 
 
 @torch.no_grad()
 def draw_samples(model, n, seed, device):
     """The first n images from the seed, (n, C, H, W) uint8; of a VAE the decoder's means."""
-    with common.fork_seed(seed, device), common.autocast(device):
+    with seeded(seed, device), common.autocast(device):
         is_vae = isinstance(model, vae.VAE)
-        return to_bytes(model.sample(n) if is_vae else ddpm.samples(model, n))
+        return to_bytes(model.sample(n) if is_vae else ddpm.sample_many(model, n))
 
 
 def timed_samples(model, n, seed, device):
@@ -197,7 +215,7 @@ def fit(model, images, labels, steps, lr, weight_decay=0.0, shift=0):
     """Trains a Classifier, on batches of images that are shifted by up to so many pixels."""
     optimizer = torch.optim.AdamW(model.parameters(), lr, weight_decay=weight_decay, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=lr, total_steps=steps)
-    for _ in tqdm(range(steps), "classifier", leave=False, delay=5):
+    for _ in common.progress(range(steps), "classifier"):
         batch = torch.randint(len(images), (256,), device=images.device)
         move = torch.randint(-shift, shift + 1, (2,)).tolist()
         x = (images[batch] / 255).roll(move, (2, 3))
@@ -222,7 +240,7 @@ def told_apart(images, real, seed, shape_only=False):
     if shape_only:
         x = 255 * (x > 127)
     labels = (torch.arange(4 * n, device=x.device) // n) % 2  # 0 where real
-    with common.fork_seed(seed, x.device):
+    with seeded(seed, x.device):
         critic = Classifier(x.shape[1:], 2, width=16).to(x.device)
         fit(critic, x[: 2 * n], labels[: 2 * n], STEPS["critic"], lr=4e-3, weight_decay=0.05)
     found = torch.cat([critic(batch / 255).argmax(1) for batch in x[2 * n :].split(500)])
@@ -280,7 +298,7 @@ class Yardstick:
         self.control = x_train[order[n : 2 * n]]
         self.test = x_test[:n]
         self.classes = torch.bincount(y_train, minlength=10) / len(y_train)
-        with common.fork_seed(0, x_train.device):  # one classifier for all seeds
+        with seeded(0, x_train.device):  # one classifier for all seeds
             self.reader = Classifier(x_train.shape[1:], 10, width=24).to(x_train.device)
             fit(self.reader, x_train[known], y_train[known], STEPS["reader"], 4e-3, shift=2)
         self.known_features, _ = self.read(x_train[known])
@@ -362,66 +380,78 @@ def vae_bits(model, images, counted, seed):
         mu, logvar = model.encode(part / 255)
         return model.decode(model.reparameterize(mu, logvar))
 
-    with common.fork_seed(seed, images.device):
+    with seeded(seed, images.device):
         decoder = decoder_bits(mean_of, images, counted).mean().item()  # -E_q log p(x|z)
     kl = vae.kl_to_prior(*model.encode(images / 255)).mean().item()
     return {"decoder": decoder, "KL": bits(kl, model.shape)}
 
 
-def chain_bits(model, K, errors, mse, images, counted):
-    """ddpm.vlb_terms of the chain of K steps in bits/dim, (N, K+1), with a histogram as decoder.
+def x0_errors(model, x0):
+    """ddpm.x0_error at every time: x0 (B, C, H, W) -> (B, T+1), column t for t."""
+    times = common.progress(range(1, model.T + 1), "bound")
+    columns = [ddpm.x0_error(model, x0, t) for t in times]
+    return torch.stack([torch.zeros_like(columns[0]), *columns], dim=1)
 
-    σ_t² is the best: β̃_t plus the mean's squared error (Bao et al. 2022).
-    errors: of ddpm.x0_errors, (N, T+1); mse: the same per pixel on training images, (T+1,)
+
+def chain_bits(model, K, errors, mse, images, counted):
+    """ddpm.vlb_terms of K steps in bits/dim, (N, K+1), with a histogram as decoder.
+
+    σ_t² is the best: β̃ plus the mean's squared error (Bao et al. 2022).
+    errors: of x0_errors, (N, T+1); mse: the same per pixel on training images, (T+1,)
     """
-    chain = model.respace(K)
-    chain.variance = chain.beta_tilde + chain.mu_x0**2 * mse[chain.tau]
+    times = model.times(K)
+    first = times[-2]
 
     def mean_of(part):
         x0 = to_model(part / 255)
-        one = torch.ones(len(x0), dtype=torch.int64, device=x0.device)
-        x1 = chain.q_sample(x0, one, torch.randn_like(x0))
-        mean, _ = chain.p_mean_variance(x1, one)
+        xt = model.q_sample(x0, first, torch.randn_like(x0))
+        mean, _ = model.p_mean_variance(xt, first, 0)
         return to_image(mean)
 
-    nats = ddpm.vlb_terms(chain, to_model(images / 255), errors[:, chain.tau])
-    terms = bits(nats, model.shape)
-    terms[:, 0] = decoder_bits(mean_of, images, counted)  # L_0
-    return terms
+    nats = []
+    for t, s in list(itertools.pairwise(times))[-2::-1]:  # small t first, without the last step
+        of_x0, beta_tilde = model.q_posterior(1.0, 0.0, t, s)
+        variance = beta_tilde + of_x0**2 * mse[t].item()
+        nats.append(ddpm.kl_of_step(model, t, s, errors[:, t], variance))
+    nats.append(ddpm.last_term(model, to_model(images / 255), times))
+    terms = [bits(each.cpu(), model.shape) for each in nats]
+    return torch.stack([decoder_bits(mean_of, images, counted).cpu(), *terms], dim=1)  # L_0 first
 
 
 def ddpm_bits(model, images, counted, seed):
-    """The bound in bits/dim: its parts, of each chain of K steps, and by Ho's L_0 (13)."""
+    """The bound in bits/dim: its parts, for each number K of steps, and by Ho's L_0 (13)."""
     x0 = to_model(images / 255)
     lengths = {min(K, model.T) for K in (1, 2, 5, 10, 20, 50, 100, 200, 500, model.T)}
     chains = {}
-    with common.fork_seed(seed, x0.device), common.autocast(x0.device):
-        errors = torch.cat([ddpm.x0_errors(model, part) for part in x0.split(500)])
-        few = ddpm.x0_errors(model, to_model(counted[:32] / 255))
-        mse = few.mean(0) / math.prod(model.shape)
-        own = bits(ddpm.vlb_terms(model, x0, errors), model.shape).sum(1).mean().item()
-        for K in tqdm(sorted(lengths), "chains", leave=False, delay=5):
+    with seeded(seed, x0.device), common.autocast(x0.device):
+        errors = torch.cat([x0_errors(model, part) for part in x0.split(500)])
+        mse = x0_errors(model, to_model(counted[:32] / 255)).mean(0) / math.prod(model.shape)
+        own = ddpm.first_term(model, x0, model.times()) + ddpm.last_term(model, x0, model.times())
+        for t in range(2, model.T + 1):
+            own += ddpm.kl_of_step(model, t, t - 1, errors[:, t]).cpu()
+        for K in common.progress(sorted(lengths), "chains"):
             terms = chain_bits(model, K, errors, mse, images, counted).mean(0).tolist()
             chains[K] = sum(terms)
     L_0, *rest = terms  # of the whole chain
+    own = bits(own, model.shape).mean().item()
     return {"decoder": L_0, "KL": sum(rest), "chains": chains, "Ho": own}
 
 
 # ---- figures
 
 
-def ddim_encode(chain, x0):
-    """The x_T, like x0, from which the chain with η = 0 comes back to x0, or nearly so.
+def ddim_encode(model, times, x0):
+    """The x_T, like x0, from which DDIM through times comes back to x0, or nearly so.
 
-    x_{t+1} = √ᾱ_{t+1} x̂_0 + √(1-ᾱ_{t+1}) ε̂, both of x_t; x_1 = x_0.  Song et al. 2021, 4.3
+    times: T ... 0.  It takes DDIM's steps backwards; the first noisy image is x0 itself.
+    Song et al. 2021, section 4.3
     """
     xt = x0
-    for step in range(1, chain.T):
-        t = torch.full((len(x0),), step, device=x0.device)
-        x0_hat = chain.predict_x0(xt, t)
-        signal = ddpm.at(chain.signal_rate, t, xt) * x0_hat
-        eps_hat = (xt - signal) / ddpm.at(chain.noise_rate, t, xt)
-        xt = chain.q_sample(x0_hat, t + 1, eps_hat)
+    for t, later in itertools.pairwise(times[-2::-1]):
+        x0_hat = model.predict_x0(xt, t)
+        signal_rate, noise_rate = model.rates(t)
+        eps_hat = (xt - signal_rate * x0_hat) / noise_rate
+        xt = model.q_sample(x0_hat, later, eps_hat)
     return xt
 
 
@@ -431,17 +461,18 @@ def reconstructions(models, x):
     for name in VAES:
         rows[name] = models[name].decode(models[name].encode(x)[0])
     model = models["DDPM"]
-    chain = model.respace(evaluations(model))
+    times = model.times(evaluations(model))
     x0 = to_model(x)
     with common.autocast(x.device):
-        *_, (_, back, _) = chain.trajectory(ddim_encode(chain, x0), eta=0)
+        xT = ddim_encode(model, times, x0)
+        *_, (_, back, _) = model.trajectory(xT, times, eta=0)
         rows["DDPM, DDIM to $x_T$ and back"] = to_image(back)
         for share in 0.25, 0.5, 0.75:
-            start = (chain.tau[1:] - share * model.T).abs().argmin().item() + 1
-            t = torch.full((len(x),), start, device=x.device)
-            xt = chain.q_sample(x0, t, torch.randn_like(x0))
-            *_, (_, back, _) = chain.trajectory(xt, start=start)
-            rows[f"DDPM, noise to t = {chain.tau[start]} and back"] = to_image(back)
+            start = min(range(len(times) - 1), key=lambda i: abs(times[i] - share * model.T))
+            t = times[start]
+            xt = model.q_sample(x0, t, torch.randn_like(x0))
+            *_, (_, back, _) = model.trajectory(xt, times[start:])
+            rows[f"DDPM, noise to t = {t} and back"] = to_image(back)
     return rows
 
 
@@ -722,9 +753,8 @@ def compare(args, device):
     """Everything that goes into results.json; draws the pictures."""
     runs = open_runs(args, device)
     seed = args.seed
-    whole = copy.copy(args)
-    whole.limit = None  # measures know all images
-    x_train, y_train, x_test, y_test = common.load_data(whole, device)
+    whole = common.Namespace(data=args.data, size=args.size, limit=None, seed=seed)
+    x_train, y_train, x_test, y_test = common.load_data(whole, args, device)  # for the measures
     mixed = torch.randperm(len(x_test), generator=torch.Generator().manual_seed(seed))
     mixed = mixed.to(device)  # MNIST's first test digits are the neater ones
     x_test = x_test[mixed]
@@ -736,9 +766,9 @@ def compare(args, device):
     samples = {}
     rows = {}
     for name in RUNS:
-        run, saved = runs[name]
+        run = runs[name]
         watch = watcher(yardstick, run.epochs, device)
-        models[name], history = trained(name, run, saved, device, watch)
+        models[name], history = trained(name, run, device, watch)
         histories[name] = steady(history)
     for name, model in models.items():
         samples[name], ms = timed_samples(model, yardstick.n, seed, device)
@@ -749,7 +779,7 @@ def compare(args, device):
     noise = to_bytes(torch.rand(yardstick.test.shape, device=device))
     images = {REAL: yardstick.control, TEST: yardstick.test, "uniform noise": noise}
     classes = {}
-    for name, each in tqdm({**samples, **images}.items(), "measures"):
+    for name, each in common.progress({**samples, **images}.items(), "measures"):
         row, classes[name] = yardstick.measure(each)
         rows[name] = rows.get(name, {}) | row
     del rows[TEST]["Fréchet distance"], rows[TEST]["coverage"]  # they are the yardstick's own
