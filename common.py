@@ -56,13 +56,14 @@ def load_data(settings, args, device):
     """The images of a run, on device -> x_train, y_train, x_test, y_test.
 
     x is uint8 (N, C, H, W); y is int64 (N,), or None for a folder of pictures.  settings: data,
-    size, limit (of x_train), seed.  args: data_dir and out, where things lie.  InputError where
-    the data are missing or damaged.
+    pictures, size, limit (of x_train), seed.  args: data_dir and out, where things lie.
+    InputError where the data are missing or damaged.
     """
     if settings.data in SETS:
         data = _read_set(settings.data, args.data_dir)
     else:
-        data = _read_folder(settings.data, settings.size, settings.seed, args.out)
+        of = settings.data, settings.size, settings.seed, args.out, settings.pictures
+        data = _read_folder(*of)
     x_train, y_train, x_test, y_test = data
     x_train = x_train[: settings.limit].to(device)
     if y_train is not None:
@@ -81,10 +82,11 @@ def _read_set(name, root):
     for images, labels in (FILES[:2], FILES[2:]):
         x = _read_idx(_idx_paths(folder, images)[0], 3)
         y = _read_idx(_idx_paths(folder, labels)[0], 1)
-        if len(x) != len(y) or y.max() > 9:
+        highest = y.max(initial=0)
+        if not 0 < len(x) == len(y) or highest > 9:
             raise InputError(
                 f"{folder}: {images}-ubyte and {labels}-ubyte do not fit together ({len(x)} "
-                f"images, {len(y)} labels up to {y.max()}): put the original files there"
+                f"images, {len(y)} labels up to {highest}): put the original files there"
             )
         data += [torch.from_numpy(x)[:, None], torch.from_numpy(y).long()]
     return data
@@ -128,7 +130,8 @@ def find_pictures(folder, out):
     """The files below folder that may be pictures, and the number of other files.
 
     Links are followed.  Hidden files and folders do not count, nor what the scripts have drawn
-    into the folder out.
+    into the folder out.  A folder that cannot be read is among the pictures, and so is named with
+    those that cannot be read.
     """
     Image.init()
     known = {suffix for suffix, kind in Image.EXTENSION.items() if kind in Image.OPEN}
@@ -136,13 +139,14 @@ def find_pictures(folder, out):
     pictures = []
     others = 0
     seen = set()
-    for where, folders, files in os.walk(folder, followlinks=True):
+    unreadable = lambda error: pictures.append(Path(error.filename))  # noqa: E731
+    for where, folders, files in os.walk(folder, onerror=unreadable, followlinks=True):
         where = Path(where)
         if where.resolve() in seen:  # links that form a loop
             folders.clear()
             continue
         seen.add(where.resolve())
-        folders[:] = [name for name in folders if not name.startswith(".")]
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
         for path in (where / name for name in files if not name.startswith(".")):
             drawn = where.resolve() == out and path.name.startswith(("vae", "ddpm"))
             kind = mimetypes.guess_type(path.name)[0] or ""
@@ -198,8 +202,11 @@ def _to_8_bits(pixels, unsigned=False):
 
 
 @functools.lru_cache
-def _read_folder(folder, size, seed, out):
-    """All pictures below folder, a tenth of them held out by the seed -> as load_data."""
+def _read_folder(folder, size, seed, out, digest):
+    """All pictures below folder, a tenth of them held out by the seed -> as load_data.
+
+    digest: of the pictures, so that they are read again when they have changed.
+    """
     paths, others = find_pictures(folder, out)
     good = []
     bad = []
@@ -381,7 +388,10 @@ def start(args):
         Path(args.out).mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=args.out).close()  # a read-only disk shows only now
     except OSError as error:
-        raise InputError(f"cannot write into --out ({error}): choose another folder") from None
+        raise InputError(
+            f"cannot write into --out ({error}): choose another folder (--sample finds a "
+            "checkpoint elsewhere by --load)"
+        ) from None
     device = pick_device(args.device)
     torch.set_flush_denormal(True)  # Adam's averages of dead units slow a CPU down 100 times
     if device.type == "cuda":
@@ -411,6 +421,7 @@ def share(order):
 
 
 @functools.lru_cache
+@torch.enable_grad()
 def best_precision(device):
     """The faster of "float32" and "bfloat16" on this device, by a convolution in each on a CPU."""
     if device.type == "cuda":
@@ -418,15 +429,17 @@ def best_precision(device):
         return "bfloat16" if fast else "float32"
     if device.type != "cpu":
         return "float32"
-    conv = torch.nn.Conv2d(64, 64, 3, padding=1).to(memory_format=torch.channels_last)
+    # Ones, because random numbers would change those that the caller draws next.
     x = torch.ones(32, 64, 14, 14).contiguous(memory_format=torch.channels_last)
+    weight = torch.ones(64, 64, 3, 3).contiguous(memory_format=torch.channels_last)
+    weight.requires_grad_()
     seconds = {}
     for precision in PRECISIONS:
         times = []
         for _ in range(4):
             started = time.perf_counter()
             with autocast(device, precision):
-                conv(x).sum().backward()
+                torch.conv2d(x, weight, padding=1).sum().backward()
             times.append(time.perf_counter() - started)
         seconds[precision] = min(times[1:])
     # Only where it is clearly faster, so that chance does not decide.
@@ -450,6 +463,7 @@ def log(line):
     if RANK == 0 and sys.stdout:
         write = tqdm.write if _on_screen() else print
         write(_readable(line), file=sys.stdout)
+        sys.stdout.flush()  # a log shows where the run is
 
 
 def _on_screen():
@@ -507,14 +521,15 @@ def open_run(args, path, default, code):
 
     It says where the run goes on.  InputError also where another process is writing to path.
     """
+    settings, saved = find_run(args, path, default, code)
+    done = len(saved["history"]) if saved else 0
+    if done == settings.epochs:
+        log(f"{path} is finished: drawing its pictures again (--fresh trains anew)")
+        return settings, saved
     if RANK == 0:
         _lock(path)
-    settings, saved = find_run(args, path, default, code)
     if saved:
-        done = len(saved["history"])
-        finished = f"{path} is finished: drawing its pictures again (--fresh trains anew)"
-        going_on = f"going on after epoch {done} of {settings.epochs}"
-        log(finished if done == settings.epochs else going_on)
+        log(f"going on after epoch {done} of {settings.epochs}")
     return settings, saved
 
 
@@ -522,8 +537,8 @@ def find_run(args, path, default, code):
     """The settings of a run, and its checkpoint at path, a dict, or None for a new run.
 
     settings is a Namespace with a value for each of default: the flag's if it is given, else the
-    checkpoint's, else the default.  InputError where a flag, the pictures or the code (a fingerprint)
-    contradict the checkpoint.
+    checkpoint's, else the default.  InputError where a flag, the pictures or the code (a
+    fingerprint) contradict the checkpoint.
     """
     saved = load_checkpoint(path, path.stem) if path.exists() and not args.fresh else None
     settings = Namespace(**(saved["settings"] if saved else default))
@@ -566,24 +581,27 @@ _locks = {}
 
 
 def _lock(path):
-    """Holds `path` for this process, until it ends or the last epoch is saved.
+    """Holds path for this process, until it ends or the last epoch is saved.
 
     InputError if another process holds it.  The lock lies in the folder for temporary files and
     does not outlive a crash.  Windows has no such locks: there, the last one to write wins.
     """
-    key = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:16]
-    if os.name == "nt" or str(path) in _locks:
+    path = path.resolve()
+    if os.name == "nt" or path in _locks:
         return
     import fcntl  # not on Windows
 
+    name = hashlib.sha256(os.fsencode(path)).hexdigest()[:16]
     try:
-        file = open(Path(tempfile.gettempdir()) / f"vae-ddpm-{key}.lock", "a")  # noqa: SIM115
+        file = open(Path(tempfile.gettempdir()) / f"vae-ddpm-{name}.lock", "a")  # noqa: SIM115
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise InputError(f"another run is writing {path}: wait, or choose another --out") from None
     except OSError:  # another user's file, or a disk without locks: go on without
         return
-    _locks[str(path)] = file
+    _locks[path] = file
+    for unfinished in path.parent.glob(f"{path.name}.*.tmp"):
+        unfinished.unlink()  # a run that was killed has left it
 
 
 def save_checkpoint(path, settings, history, code="", **parts):
@@ -610,7 +628,7 @@ def save_checkpoint(path, settings, history, code="", **parts):
     finally:
         unfinished.unlink(missing_ok=True)
     if len(history) == settings.get("epochs"):
-        _locks.pop(str(path), None)
+        _locks.pop(path.resolve(), None)
 
 
 def load_checkpoint(path, kind):
@@ -629,6 +647,8 @@ def load_checkpoint(path, kind):
     foreign = InputError(f"{path} is no checkpoint of {kind}.py: choose another --out")
     if head.startswith(b"version https://git-lfs"):
         raise InputError(f"{path} is only a pointer to the file: run git lfs pull")
+    if head and not head.startswith(b"PK"):  # a zip file, as torch writes them
+        raise foreign
     try:
         if zipfile.ZipFile(path).testzip():  # a wrong checksum, at which torch does not look
             raise zipfile.BadZipFile("wrong checksum")
@@ -652,7 +672,7 @@ def load_model(path, kind, part, device, build):
     try:
         model = build(saved["settings"])
         model.load_state_dict(saved[part])
-    except (KeyError, RuntimeError) as error:
+    except (KeyError, ValueError, RuntimeError) as error:
         raise InputError(
             f"the weights in {path} do not fit the network of {kind}.py, which has changed since: "
             f"--fresh trains anew, another --out keeps both ({error!s:.80})"
@@ -695,10 +715,7 @@ def data(text):
     """A `type=` for argparse: the name of a set, or the full path of a folder."""
     if text in SETS:
         return text
-    folder = Path(place(text)).resolve()
-    if not folder.is_dir():
-        raise argparse.ArgumentTypeError(f"no {text}: choose {', '.join(SETS)} or a folder")
-    return str(folder)
+    return str(Path(place(text)).resolve())
 
 
 def arguments(doc):

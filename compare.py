@@ -55,13 +55,16 @@ def open_runs(args, device):
     """{name: args of its train} for each of RUNS; fills in the shared flags that args leave open.
 
     They are as in the models that OUT has already, else the defaults.
-    InputError where flags or models contradict one another.
+    InputError where flags or models contradict one another, or a model's script has changed.
     """
     out = Path(args.out)
     found = {}
-    for name, (_, file, _) in RUNS.items():
+    for name, (script, file, _) in RUNS.items():
         if (out / file).exists() and not args.fresh:
-            found[name] = common.load_checkpoint(out / file, Path(file).stem)["settings"]
+            # Without flags: before settings are compared, they must be those of the present code.
+            run = script.parse(["--out", args.out])
+            settings, _ = common.find_run(run, out / file, {}, script.CODE)
+            found[name] = vars(settings)
 
     def settle(flag, names, default):
         """The value of a flag for the models of these names, if it is not given."""
@@ -374,7 +377,7 @@ def decoder_bits(mean_of, images, counted):
 
 
 def vae_bits(model, images, counted, seed):
-    """Both terms of -ELBO on images in bits/dim -> {"decoder", "KL"}.  KW (7), report (21)"""
+    """Both terms of -ELBO on images in bits/dim -> {"decoder", "KL"}.  KW (7)"""
 
     def mean_of(part):
         mu, logvar = model.encode(part / 255)
@@ -840,7 +843,11 @@ def main(argv=None):
     if args.sample:
         raise common.InputError("--sample is for vae.py and ddpm.py")
     started = time.perf_counter()
-    results = compare(args, common.start(args))
+    device = common.start(args)
+    if device.type not in BITS_OF:
+        common.log(f"{device} has no float64 for the measures: all of it is done by the CPU")
+        device = torch.device("cpu")
+    results = compare(args, device)
     results["seconds"] = time.perf_counter() - started
     out = Path(args.out)
     (out / "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")

@@ -142,8 +142,8 @@ class DDPM(nn.Module):
     def loss(self, x0, t=None, eps=None):
         """The mean over images and pixels of ‖ε - ε_θ(x_t, t)‖², weighted by t: a scalar.
 
-        x0 (B, C, H, W) is line 2 of Algorithm 1.  Unless given, t (B,) is uniform, and eps is
-        Gaussian noise like x0.  The weight of every t is 1 for "simple".
+        Ho, Algorithm 1.  Its line 2 is x0 (B, C, H, W).  Unless given, t (B,) is uniform, and eps
+        is Gaussian noise like x0.  For "simple" the weight of every t is 1.
         """
         if t is None:
             t = torch.randint(1, self.T + 1, (len(x0),), device=x0.device)  # line 3
@@ -155,7 +155,7 @@ class DDPM(nn.Module):
 
     forward = loss  # DistributedDataParallel and torch.compile wrap forward
 
-    # ---- sampling: Ho, Algorithm 2.  From t it goes to s = t-1; all equations hold for any s < t.
+    # ---- sampling from t to s = t-1, though all of it holds for any s < t: Ho, Algorithm 2
 
     @torch.no_grad()
     def sample(self, n, steps=None, eta=1.0):
@@ -381,9 +381,9 @@ def update_average(average, model, step):
 
 
 def train(args, device, watch=None):
-    """Trains by Ho's Algorithm 1, or goes on with a run that was stopped -> model, history.
+    """Trains a DDPM, or goes on with a run that was stopped -> model, history.
 
-    args: as parse returns them.  The model has the averaged weights.  history is a list with one
+    Ho, Algorithm 1.  args: as parse returns them.  The model has the averaged weights.  history is a list with one
     dict an epoch: epoch, train_loss, test_loss (of the averaged weights), seconds of training
     since the start, and what watch(model, epoch) returns.  After each epoch all of it is in
     OUT/ddpm.pt.
@@ -590,7 +590,7 @@ def ddim_mean_variance(model, x0_hat, xt, t, s, eta):
     _, beta_tilde = model.q_posterior(x0_hat, xt, t, s)
     variance = eta**2 * beta_tilde
     signal_rate, noise_rate = model.rates(t)
-    eps_hat = (xt - signal_rate * x0_hat) / noise_rate  # Ho (4), of a guess that may be clipped
+    eps_hat = (xt - signal_rate * x0_hat) / noise_rate  # solved for ε in Ho (4)
     alpha_bar_s = model.alpha_bar[s].item()
     mean = alpha_bar_s**0.5 * x0_hat + (1 - alpha_bar_s - variance) ** 0.5 * eps_hat
     return mean, variance
@@ -662,7 +662,7 @@ def first_term(model, x0, times):
 def last_term(model, x0, times):
     """L_T = KL(q(x_T|x_0) ‖ N(0, I)) in nats, (B,)."""
     a = model.alpha_bar[times[0]].item()
-    # The KL of KW (10) with mean √a x_0 and variance 1-a.
+    # The mean is √a x_0 and the variance 1-a in KW (10)
     nats = 0.5 * (a * x0.cpu().double() ** 2 - a - math.log1p(-a))
     return nats.flatten(1).sum(1)
 

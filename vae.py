@@ -137,7 +137,7 @@ class VAE(nn.Module):
         """
         mu, logvar = self.encode(x)
         z = self.reparameterize(mu, logvar)
-        return self.log_likelihood(x, z), kl_to_prior(mu, logvar)  # KW (7), L = 1
+        return self.log_likelihood(x, z), kl_to_prior(mu, logvar)  # L = 1 in KW (7)
 
     @torch.no_grad()
     def sample(self, n):
@@ -150,7 +150,7 @@ class VAE(nn.Module):
     # ---- other estimators of the bound, for measuring rather than training
 
     def elbo_terms(self, x, samples=1, eps=None):
-        """The ELBO's two terms by L = samples draws of z: estimator B.  KW (7)
+        """The ELBO's two terms by L = samples draws of z: estimator B.  KW (5) and (7)
 
         x (B, C, H, W) -> reconstruction, kl, each (B,) in nats.  The first is the mean of L
         log-likelihoods.  (The likelihood of the mean of L latents would be something else.)
@@ -237,7 +237,7 @@ def train(args, device, watch=None):
             x = x_train[batch] / 255  # (B, C, H, W) in [0, 1]
             with common.autocast(device, settings.precision):
                 reconstruction, kl = wrapped(x)  # (B,) nats each
-            loss = (settings.kl_weight * kl - reconstruction).mean()  # -ELBO: KW (8) over -N
+            loss = (settings.kl_weight * kl - reconstruction).mean()  # -ELBO, a mean where the sum is KW (8)
 
             optimizer.zero_grad()
             loss.backward()

@@ -1,12 +1,14 @@
 """compare.py: each measure on made data, by an oracle of its own; then the command line."""
 
 import contextlib
+import importlib.util
 import io
 import json
 import math
 import re
 import shutil
 from argparse import Namespace
+from pathlib import Path
 
 import pytest
 import torch
@@ -30,7 +32,8 @@ def seeded():
 @pytest.fixture(scope="module")
 def mnist():
     """All of MNIST in an order of our own: x_train, y_train, x_test, y_test."""
-    data = common.load_data(compare.parse(["--data", "mnist", "--size", "32"]), CPU)
+    settings = Namespace(data="mnist", size=32, limit=None, seed=0)
+    data = common.load_data(settings, compare.parse([]), CPU)
     train = torch.randperm(60000, generator=torch.Generator().manual_seed(1))
     test = torch.randperm(10000, generator=torch.Generator().manual_seed(2))
     return data[0][train], data[1][train], data[2][test], data[3][test]
@@ -288,7 +291,7 @@ def toy():
     counted = 255 * (torch.rand(2000, *SHAPE) < 0.95).byte()
     images = 255 * (torch.rand(80, *SHAPE) < 0.95).byte()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(common, "has_bfloat16", lambda device: False)
+        patch.setattr(common, "best_precision", lambda device: "float32")
         found = compare.ddpm_bits(model, images, counted, seed=0)
     return model, images, counted, found
 
@@ -304,27 +307,59 @@ def test_the_parts_of_the_bound_and_the_whole_chain_are_one(toy):
 
 
 def test_the_bound_is_that_of_ddpm_with_another_decoder_and_variance(toy, monkeypatch):
-    monkeypatch.setattr(common, "has_bfloat16", lambda device: False)
+    monkeypatch.setattr(common, "best_precision", lambda device: "float32")
     model, images, counted, found = toy
     x0 = ddpm.to_model(images / 255)
-    torch.manual_seed(0)
-    errors = ddpm.x0_errors(model, x0)
-    mse = ddpm.x0_errors(model, ddpm.to_model(counted[:32] / 255)).mean(0) / 64
-    own = ddpm.vlb_terms(model, x0, errors).sum(1).mean().item()
+    torch.manual_seed(0)  # first the errors, then those of the counted ones, then L_0
+    errors = compare.x0_errors(model, x0)
+    mse = compare.x0_errors(model, ddpm.to_model(counted[:32] / 255)).mean(0) / 64
+    monkeypatch.setattr(ddpm, "x0_error", lambda model, x0, t: errors[:, t])
+    own = ddpm.vlb_terms(model, x0).sum(1).mean().item()
     assert found["Ho"] == pytest.approx(own / 64 / math.log(2), rel=1e-6)
+
+    p_mean_variance = model.p_mean_variance
     for K in 2, 5, 20:
-        chain = model.respace(K)
-        chain.variance = chain.beta_tilde + chain.mu_x0**2 * mse[chain.tau]
-        expected = ddpm.vlb_terms(chain, x0, errors[:, chain.tau]) / 64 / math.log(2)
-        terms = compare.chain_bits(model, K, errors, mse, images, counted)
-        torch.testing.assert_close(terms[:, 1:], expected[:, 1:])
+        times = model.times(K)
+
+        def bits_with(factor, times=times):
+            """The bound's terms, each variance but that of L_0 being the best one times factor."""
+
+            def step(xt, t, s, x0_hat=None):
+                mean, variance = p_mean_variance(xt, t, s, x0_hat)
+                a, b = model.alpha_bar[[t, s]].tolist()
+                beta_tilde = (1 - b) / (1 - a) * (1 - a / b)  # Ho (7), for ᾱ_t and ᾱ_s
+                of_x0 = math.sqrt(b) * (1 - a / b) / (1 - a)
+                best = beta_tilde + of_x0**2 * mse[t].item()
+                return mean, factor * best if s > 0 else variance
+
+            monkeypatch.setattr(model, "p_mean_variance", step)
+            return ddpm.vlb_terms(model, x0, times)[:, 1:] / 64 / math.log(2)
+
+        expected = bits_with(1)
         for factor in 0.9, 1.1:  # no other variance is better
-            other = model.respace(K)
-            other.variance = chain.variance * factor
-            worse = ddpm.vlb_terms(other, x0, errors[:, chain.tau]) / 64 / math.log(2)
-            assert worse[:, 1:].sum(1).mean() > terms[:, 1:].sum(1).mean()
+            assert bits_with(factor).sum(1).mean() > expected.sum(1).mean()
+        monkeypatch.setattr(model, "p_mean_variance", p_mean_variance)
+        terms = compare.chain_bits(model, K, errors, mse, images, counted)
+        assert terms.shape == (80, K + 1)
+        torch.testing.assert_close(terms[:, 1:], expected)
         # L_0 of a chain: pixels that are told right cost next to nothing
         assert 0 < terms[:, 0].mean() < 0.4
+
+
+def test_the_errors_of_the_bound_are_those_of_each_time():
+    model = ddpm.DDPM(BlackAndWhite(6), T=6, shape=SHAPE)
+    x0 = ddpm.to_model((torch.rand(3, *SHAPE) < 0.95).float())
+    errors = compare.x0_errors(model, x0)
+    torch.manual_seed(0)
+    torch.rand(3, *SHAPE)
+    assert errors.shape == (3, 7) and not errors[:, 0].any()
+    for t in range(1, 7):
+        a = model.alpha_bar[t].item()
+        xt = math.sqrt(a) * x0 + math.sqrt(1 - a) * torch.randn_like(x0)
+        eps_hat = model.net(xt, torch.tensor([t] * 3))
+        x0_hat = ((xt - math.sqrt(1 - a) * eps_hat) / math.sqrt(a)).clamp(-1, 1)
+        expected = (x0 - x0_hat).square().sum((1, 2, 3))
+        torch.testing.assert_close(errors[:, t], expected, rtol=1e-4, atol=1e-4)
 
 
 # ---- reconstruction
@@ -339,13 +374,15 @@ def test_an_image_encoded_by_ddim_comes_back(steps, close):
         x0_hat = a.sqrt() * 0.25 / (a * 0.25 + 1 - a) * xt
         return (xt - a.sqrt() * x0_hat) / (1 - a).sqrt()
 
-    chain = ddpm.DDPM(eps, clip=False).respace(steps)
+    model = ddpm.DDPM(eps, clip=False)
+    times = model.times(steps)
     x0 = 0.5 * torch.randn(20, 1, 4, 4, dtype=F64)
-    xT = compare.ddim_encode(chain, x0)
-    # the flow of normals is a scaling: from the variance of x_1 to that of x_T
-    first, last = chain.alpha_bar[[1, -1]] * 0.25 + 1 - chain.alpha_bar[[1, -1]]
+    xT = compare.ddim_encode(model, times, x0)
+    # the flow of normals is a scaling: from the variance of the first noisy image to that of x_T
+    noisy = alpha_bar[[times[-2], times[0]]]
+    first, last = noisy * 0.25 + 1 - noisy
     torch.testing.assert_close(xT, x0 * (last / first).sqrt(), rtol=close, atol=0)
-    *_, (_, back, _) = chain.trajectory(xT, eta=0)
+    *_, (_, back, _) = model.trajectory(xT, times, eta=0)
     torch.testing.assert_close(back, x0, rtol=close, atol=0)
 
 
@@ -522,8 +559,9 @@ def copied(compared, tmp_path, monkeypatch):
 
 
 def test_a_second_comparison_trains_nothing(results, copied, digits, monkeypatch):
-    for script in vae, ddpm:
-        monkeypatch.setattr(script, "train", lambda *_: pytest.fail("trained"))
+    monkeypatch.setattr(common, "save_checkpoint", lambda *_, **__: pytest.fail("trained"))
+    for model in vae.VAE, ddpm.DDPM:
+        monkeypatch.setattr(model, "forward", lambda *_: pytest.fail("trained"))
     compare.main(["--device", "cpu", "--data-dir", str(digits), "--out", str(copied)])
     again = json.loads((copied / "results.json").read_text(encoding="utf-8"))
     for each in again, results:  # sampling takes other times
@@ -540,9 +578,85 @@ def test_the_scripts_go_on_in_the_same_folder(copied, digits, monkeypatch, capsy
         assert "finished" in capsys.readouterr().out
 
 
+def rewrite(path, **parts):
+    torch.save(torch.load(path, weights_only=True) | parts, path)
+
+
 def change(path, **settings):
-    saved = torch.load(path, weights_only=True)
-    torch.save(saved | {"settings": saved["settings"] | settings}, path)
+    rewrite(path, settings=torch.load(path, weights_only=True)["settings"] | settings)
+
+
+def said_at_the_end(job):
+    """What common.run(job) prints at an error that the user can fix."""
+    with pytest.raises(SystemExit) as stopped:
+        common.run(job)
+    return stopped.value.code
+
+
+FILES = [file for _, file, _ in compare.RUNS.values()]
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_an_edited_script_is_refused_in_one_line(copied, digits, monkeypatch, file):
+    monkeypatch.setattr(compare, "Yardstick", lambda *_: pytest.fail("went on"))
+    # Its recipe and settings may be what the script of now does not know.
+    settings = {"recipe": "mine"} if file == "ddpm.pt" else {"temperature": 1}
+    rewrite(copied / file, code="another", settings=settings)
+    for more in [], ["--epochs", "1"]:
+        line = said_at_the_end(lambda more=more: compare.main(flags(copied, digits, *more)))
+        assert line.startswith("error: ") and "\n" not in line
+        assert f"{Path(file).stem}.py has changed" in line and str(copied / file) in line
+        assert "--fresh" in line
+
+
+def test_an_edited_comparison_goes_on_with_the_models(copied, digits, tmp_path):
+    source = Path(compare.__file__).read_text(encoding="utf-8")
+    edited = tmp_path / "edited.py"
+    edited.write_text(source.replace("BINS = 256", "BINS = 128"), encoding="utf-8")
+    assert common.fingerprint(edited) != common.fingerprint(compare.__file__)
+    spec = importlib.util.spec_from_file_location("edited", edited)
+    other = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(other)
+    assert other.BINS == 128
+    before = [(copied / file).read_bytes() for file in FILES]
+    runs = other.open_runs(other.parse(flags(copied, digits)), CPU)
+    for name, run in runs.items():
+        _, history = other.trained(name, run, CPU, lambda *_: pytest.fail("trained"))
+        assert len(history) == 1
+    assert [(copied / file).read_bytes() for file in FILES] == before
+
+
+def test_fresh_trains_all_models_anew(copied, digits):
+    rewrite(copied / "ddpm.pt", code="another")
+    change(copied / "vae.pt", epochs=9, seed=5)  # they would contradict one another
+    args = compare.parse(flags(copied, digits, "--fresh", "--epochs", "1", "--seed", "8"))
+    runs = compare.open_runs(args, CPU)
+    args = compare.parse(flags(copied / "empty", digits, "--epochs", "1", "--seed", "8"))
+    (copied / "empty").mkdir()
+    runs_of_the_empty_folder = compare.open_runs(args, CPU)
+    for file, (name, run) in zip(FILES, runs.items(), strict=True):
+        model, history = compare.trained(name, run, CPU, lambda *_: {"frechet": 1.5})
+        saved = torch.load(copied / file, weights_only=True)
+        assert [row["frechet"] for row in history] == [1.5] and saved["history"] == history
+        compare.trained(name, runs_of_the_empty_folder[name], CPU, None)
+        expected = torch.load(copied / "empty" / file, weights_only=True)
+        for part in "model", "settings", "code":
+            torch.testing.assert_close(saved[part], expected[part], rtol=0, atol=0)
+        assert saved["settings"]["seed"] == 8 and model.settings == saved["settings"]
+    args = compare.parse(flags(copied, digits))  # and without it one goes on with them
+    for name, run in compare.open_runs(args, CPU).items():
+        compare.trained(name, run, CPU, lambda *_: pytest.fail("trained"))
+
+
+def test_fresh_takes_no_setting_from_the_models_that_are_there(copied, digits):
+    change(copied / "ddpm.pt", recipe="paper")
+    for file in FILES:
+        change(copied / file, data="kmnist", precision="bfloat16")
+    args = compare.parse(flags(copied, digits, "--fresh"))
+    runs = compare.open_runs(args, CPU)
+    assert (args.data, args.seed, args.recipe) == ("mnist", 0, "short")
+    assert args.precision == common.best_precision(CPU)
+    assert [run.epochs for run in runs.values()] == [12, 30, 30]
 
 
 def test_what_cannot_be_compared_is_refused_before_any_work(copied, digits, monkeypatch):
@@ -578,6 +692,20 @@ def test_what_cannot_be_compared_is_refused_before_any_work(copied, digits, monk
         compare.main(flags(copied, digits))
 
 
+def test_a_device_without_float64_leaves_the_work_to_the_cpu(tmp_path, monkeypatch):
+    class StopHereError(Exception):
+        pass
+
+    def stop(args, device):
+        assert device == CPU
+        raise StopHereError
+
+    monkeypatch.setattr(common, "start", lambda args: torch.device("mps"))
+    monkeypatch.setattr(compare, "compare", stop)
+    with pytest.raises(StopHereError):
+        compare.main(["--out", str(tmp_path)])
+
+
 @pytest.mark.parametrize(
     "more, epochs",
     [([], 30), (["--recipe", "paper"], 100), (["--epochs", "3"], 3)],
@@ -586,19 +714,33 @@ def test_both_vaes_have_the_same_epochs(tmp_path, more, epochs):
     args = compare.parse(["--out", str(tmp_path), "--device", "cpu", *more])
     runs = compare.open_runs(args, CPU)
     for name, latent_dim in ("VAE, 2-D", 2), ("VAE, 20-D", 20):
-        run, saved = runs[name]
-        assert (run.epochs, run.latent_dim, saved) == (epochs, latent_dim, None)
+        assert (runs[name].epochs, runs[name].latent_dim) == (epochs, latent_dim)
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_is_left_open_is_as_in_the_checkpoints(copied):
     (copied / "ddpm.pt").unlink()
     (copied / "vae20/vae.pt").unlink()
-    change(copied / "vae.pt", data="kmnist", seed=5, limit=150)
+    other = {"float32": "bfloat16", "bfloat16": "float32"}[common.best_precision(CPU)]
+    change(copied / "vae.pt", data="kmnist", seed=5, limit=150, precision=other)
     args = compare.parse(["--out", str(copied), "--device", "cpu"])
     runs = compare.open_runs(args, CPU)
-    for run in (args, *(run for run, _ in runs.values())):
-        assert (run.data, run.seed, run.limit) == ("kmnist", 5, 150)
-    assert runs["VAE, 20-D"][0].epochs == 1 and runs["DDPM"][0].epochs == 12
+    for run in (args, *runs.values()):
+        assert (run.data, run.seed, run.limit, run.precision) == ("kmnist", 5, 150, other)
+    assert runs["VAE, 20-D"].epochs == 1 and runs["DDPM"].epochs == 12
+
+
+def test_the_recipe_that_is_left_open_is_that_of_the_ddpm(copied):
+    (copied / "vae.pt").unlink()
+    (copied / "vae20/vae.pt").unlink()
+    change(copied / "ddpm.pt", recipe="paper", epochs=4, lr=0.002, T=40)
+    runs = compare.open_runs(compare.parse(["--out", str(copied), "--device", "cpu"]), CPU)
+    run = runs["DDPM"]
+    settings, saved = common.find_run(run, copied / "ddpm.pt", {}, ddpm.CODE)
+    assert (run.recipe, run.epochs, settings.lr, settings.T) == ("paper", 4, 0.002, 40)
+    assert len(saved["history"]) == 1
+    for name in compare.VAES:  # the paper's recipe has them trained for the report's 100 epochs
+        assert runs[name].epochs == 100 and runs[name].seed == 7
 
 
 def test_an_unfinished_model_is_gone_on_with(copied, digits):
@@ -607,9 +749,9 @@ def test_an_unfinished_model_is_gone_on_with(copied, digits):
     with pytest.raises(common.InputError, match="epochs"):  # the VAEs' are the same
         compare.open_runs(args, CPU)
     change(copied / "vae20/vae.pt", epochs=2)
-    run, saved = compare.open_runs(args, CPU)["VAE, 2-D"]
-    before = saved["history"]
+    run = compare.open_runs(args, CPU)["VAE, 2-D"]
+    before = torch.load(copied / "vae.pt", weights_only=True)["history"]
     watch = {"frechet": 1.5}
-    model, history = compare.trained("VAE, 2-D", run, saved, CPU, lambda *_: watch)
+    model, history = compare.trained("VAE, 2-D", run, CPU, lambda *_: watch)
     assert len(history) == 2 == run.epochs and history[0] == before[0]
     assert history[1]["frechet"] == 1.5 and model.latent_dim == 2

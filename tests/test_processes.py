@@ -1,8 +1,15 @@
-"""Two processes under torchrun share each batch; rank 0 alone speaks and writes."""
+"""The scripts as they are started: by torchrun, and from a copy that somebody edits.
 
+Under torchrun two processes share each batch; rank 0 alone speaks and writes.  A copy goes on with
+a checkpoint only if its code is that which trained it.
+"""
+
+import ast
+import functools
 import itertools
 import os
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +18,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from matplotlib.figure import Figure
+from torch import nn
 
 import common
 import ddpm
@@ -19,20 +27,30 @@ import vae
 REPO = Path(__file__).resolve().parent.parent
 LAUNCHER = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 NAMES = ["ddpm", "vae"]
+SMALL = {"ddpm": "--T 4 --width 4", "vae": "--latent-dim 2"}
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="not tried")
+
+
+def begin(*command, **more):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO), **more}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([str(part) for part in command], env=environment, **pipes)
+
+
+def end(process):
+    """-> exit code, stdout, stderr."""
+    try:
+        said, err = process.communicate(timeout=200)
+    finally:
+        process.terminate()  # a launcher ends its workers
+    return process.returncode, said, err
 
 
 def launch(*command, **more):
     """Runs it by two processes -> exit code, lines of stdout, own part of stderr."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO), **more}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    process = subprocess.Popen([*LAUNCHER, *map(str, command)], env=environment, **pipes)
-    try:
-        said, err = process.communicate(timeout=200)
-    finally:
-        process.terminate()  # the launcher, which ends its workers
+    code, said, err = end(begin(*LAUNCHER, *command, **more))
     own, *_ = err.partition("torch/distributed/")[0].rpartition("\n")
-    return process.returncode, said.splitlines(), own
+    return code, said.splitlines(), own
 
 
 # ---- what each process runs, when this file is launched
@@ -41,14 +59,20 @@ def launch(*command, **more):
 def gradients(args):
     """Of both models, by one process on all images, and averaged over two shares."""
     x, t = torch.rand(6, 1, 28, 28).double(), torch.tensor([1, 2, 3, 4, 1, 2])
-    noise, latent = torch.randn_like(x), torch.randn(1, 6, 2).double()
-    model, coder = ddpm.DDPM(ddpm.UNet(width=4, T=4), T=4, loss="v").double(), vae.VAE().double()
+    noise, latent = torch.randn_like(x), torch.randn(6, 2).double()
+    net = nn.Conv2d(1, 1, 3, padding=1)
+    model = ddpm.DDPM(lambda xt, t: net(xt) * ddpm.per_image(t), T=4, weighting="v")
+    model.net = nn.Module()  # whose parameters are found
+    model.net.conv, model.net.forward = net, lambda xt, t: net(xt) * ddpm.per_image(t)
+    model, coder = model.double(), vae.VAE().double()
     for p in model.parameters():
-        torch.nn.init.normal_(p, std=0.1)
+        nn.init.normal_(p, std=0.1)
     found, mine = [], slice(3 * common.RANK, 3 * common.RANK + 3)
     for common.WORLD, share in (1, slice(6)), (2, mine):
         elbo_terms, loss_of = common.wrap(coder, args), common.wrap(model, args)
-        reconstruction, kl = elbo_terms(x[share], latent[:, share])
+        eps = latent[share]
+        coder.reparameterize = functools.partial(vae.VAE.reparameterize, coder, eps=eps)
+        reconstruction, kl = elbo_terms(x[share])
         (kl - reconstruction).mean().backward()
         loss_of(x[share], t[share], noise[share]).backward()
         found.append([p.grad for p in [*model.parameters(), *coder.parameters()]])
@@ -65,21 +89,22 @@ def program(out, data):
     dist.init_process_group = dist.destroy_process_group = lambda *_: None  # one is for all
     rank, save, write = common.RANK, common.save_checkpoint, torch.save
 
-    def hooked(path, settings, history, **parts):
+    def hooked(path, settings, history, *code, **parts):
         if folder == "stop" and len(history) == 2:
             raise KeyboardInterrupt
-        save(path, settings, history, **parts)
+        save(path, settings, history, *code, **parts)
         write(parts["model"].state_dict(), f"{path}.rank{rank}")
 
     common.save_checkpoint = hooked
     if rank > 0:  # nothing to write with
         torch.save = Figure.savefig = None
-    small = {"ddpm": "--T 4 --width 4", "vae": "--latent-dim 2"}
     commands = ("whole", ""), ("stop", ""), ("parts", ""), ("parts", "--sample 3")
     for name, (folder, more) in itertools.product(NAMES, commands):
         flags = f"--data-dir {data} --out {out}/{folder.replace('stop', 'parts')} --device cpu "
-        flags += f"--limit 70 --epochs 2 --batch-size 32 {small[name]} {more}"
-        sys.argv = [name, *flags.split()]
+        flags += "--precision float32 "
+        if not more:
+            flags += f"--limit 70 --epochs 2 --batch-size 32 {SMALL[name]} "
+        sys.argv = [name, *flags.split(), *more.split()]
         try:
             runpy.run_path(str(REPO / f"{name}.py"), run_name="__main__")
         except SystemExit as stopped:
@@ -97,6 +122,7 @@ def launched(digits, tmp_path_factory):
 def test_the_averaged_gradient_is_that_of_one_on_both_shares(launched):
     for rank in 0, 1:
         one, several = torch.load(launched[0] / f"gradients.rank{rank}")
+        assert all(gradient.abs().max() > 0 for gradient in one)
         torch.testing.assert_close(several, one, rtol=0, atol=1e-10)
 
 
@@ -113,6 +139,7 @@ def test_both_end_with_the_same_weights_also_after_a_stop(launched, name):
 def test_rank_0_alone_speaks_and_writes(launched):
     _, said = launched
     counts = {"DDPM on": 3, "VAE on": 3, "epoch 1": 4, "epoch 2": 4, "wrote": 6}
+    counts |= {"going on after epoch 1 of 2": 2}
     assert {words: sum(line.startswith(words) for line in said) for words in counts} == counts
 
 
@@ -125,10 +152,231 @@ def test_an_odd_batch_is_one_line(digits, tmp_path):
 
 def test_missing_data_are_one_line(tmp_path):
     flags = "--device", "cpu", "--data", "fashion", "--data-dir", tmp_path, "--out", tmp_path
-    nowhere = "http://127.0.0.1:9"
-    code, _, err = launch(REPO / "vae.py", *flags, http_proxy=nowhere, https_proxy=nowhere)
+    code, _, err = launch(REPO / "vae.py", *flags)
     assert code != 0 and "Traceback" not in err and "Connection closed" not in err
-    assert "error: cannot read or download fashion" in err
+    assert "lacks files of fashion: run once without torchrun to download" in err
+    assert not any(path.is_file() for path in tmp_path.rglob("*"))
+
+
+# ---- a copy of a script, which somebody edits: the command line of the next run
+
+LOSS = {
+    "ddpm": ("(eps - self.net(xt, t)) ** 2", "(eps - self.net(xt, t)).abs()"),
+    "vae": ("(settings.kl_weight * kl - recon", "(2 * settings.kl_weight * kl - recon"),
+}
+LAYER = {"ddpm": ("embed = 128", "embed = 96"), "vae": ("256", "250")}
+FIRST_STEP = "            optimizer.zero_grad()\n"
+STOP = f"            raise KeyboardInterrupt\n{FIRST_STEP}"
+BOTH = pytest.mark.parametrize("name", NAMES)
+
+
+@pytest.fixture(scope="module")
+def trained(digits, tmp_path_factory):
+    """Of each script a checkpoint of two epochs, by a command line like the README's."""
+    folder = tmp_path_factory.mktemp("trained")
+    runs = [
+        begin(sys.executable, REPO / f"{name}.py", *flags(name, digits, folder)) for name in NAMES
+    ]
+    for run in runs:
+        code, _, err = end(run)
+        assert code == 0, err
+    return folder
+
+
+def flags(name, digits, out, epochs=2):
+    given = f"--device cpu --precision float32 --limit 64 --batch-size 32 {SMALL[name]}"
+    return ["--data-dir", digits, "--out", out, "--epochs", epochs, *given.split()]
+
+
+@pytest.fixture
+def copied(tmp_path):
+    for name in "common", *NAMES:
+        shutil.copy(REPO / f"{name}.py", tmp_path)
+    return tmp_path
+
+
+def edit(path, old, new):
+    text = path.read_text(encoding="utf-8")
+    assert old in text
+    path.write_text(text.replace(old, new), encoding="utf-8")
+
+
+def written_anew(path):
+    """Other comments, docstrings, blank lines and line breaks, and the same code."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef) and ast.get_docstring(node):
+            node.body[0].value.value = "Something else is said here."
+    text = f"# A comment.\n\n{ast.unparse(tree)}\n\n\n# Another one.\n"
+    path.write_text(text.replace(" = ", " = \\\n    "), encoding="utf-8")
+
+
+def finished(trained, name, out):
+    """A folder with a copy of the checkpoint -> its path."""
+    out.mkdir()
+    return Path(shutil.copy(trained / f"{name}.pt", out))
+
+
+def unfinished(trained, name, out):
+    """The same of a run that was stopped after epoch 2 of 3."""
+    path = finished(trained, name, out)
+    saved = torch.load(path, weights_only=True)
+    saved["settings"]["epochs"] = 3
+    torch.save(saved, path)
+    return path
+
+
+def start(copied, name, digits, path, epochs, *more):
+    """The script's copy, with the flags of the run whose checkpoint is at path."""
+    return begin(
+        sys.executable, copied / f"{name}.py", *flags(name, digits, path.parent, epochs), *more
+    )
+
+
+def state(folder):
+    """All files in it, and when they were written."""
+    return {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.iterdir()}
+
+
+def is_one_line(err):
+    """An error that the user can read, and nothing else."""
+    return err.startswith("error: ") and err.count("\n") == 1 and err.endswith("\n")
+
+
+@BOTH
+def test_an_edited_loss_does_not_go_on_with_old_weights(copied, trained, digits, name):
+    done = finished(trained, name, copied / "done")
+    half = unfinished(trained, name, copied / "half")
+    before = state(done.parent), state(half.parent)
+    edit(copied / f"{name}.py", *LOSS[name])
+    for run, path in [
+        (start(copied, name, digits, path, epochs), path)
+        for path, epochs in ((done, 2), (half, 3))
+    ]:
+        code, said, err = end(run)
+        assert code == 1 and said == "" and is_one_line(err)
+        words = (
+            f"{name}.py has changed since {path} was trained: --fresh trains anew, another --out"
+        )
+        assert words in err
+    assert (state(done.parent), state(half.parent)) == before
+
+
+@BOTH
+def test_comments_docstrings_and_line_breaks_change_nothing(copied, trained, digits, name):
+    done = finished(trained, name, copied / "done")
+    half = unfinished(trained, name, copied / "half")
+    before = done.read_bytes()
+    written_anew(copied / f"{name}.py")
+    runs = start(copied, name, digits, done, 2), start(copied, name, digits, half, 3)
+    (code, said, err), (code_of_half, said_of_half, err_of_half) = map(end, runs)
+    assert code == 0, err
+    assert said.startswith(f"{done} is finished: drawing its pictures again")
+    assert done.read_bytes() == before and len(os.listdir(done.parent)) > 3
+    assert code_of_half == 0, err_of_half
+    assert said_of_half.startswith("going on after epoch 2 of 3\n")
+    epochs = [line.split()[1] for line in said_of_half.splitlines() if line.startswith("epoch ")]
+    assert epochs == ["3"]
+    assert len(torch.load(half, weights_only=True)["history"]) == 3
+
+
+@BOTH
+def test_fresh_replaces_the_checkpoint_after_the_first_epoch(copied, trained, digits, name):
+    """With new code, and other settings."""
+    kept = finished(trained, name, copied / "kept")
+    replaced = finished(trained, name, copied / "replaced")
+    before = state(kept.parent)
+    script = copied / f"{name}.py"
+    edit(script, FIRST_STEP, STOP)
+    stopped = start(copied, name, digits, kept, 1, "--fresh", "--seed", 3)
+    code, _, err = end(stopped)
+    assert code == 1 and "\nstopped" in err and "Traceback" not in err
+    assert state(kept.parent) == before
+    edit(script, STOP, FIRST_STEP)
+    edit(script, *LOSS[name])
+    code, said, err = end(start(copied, name, digits, replaced, 1, "--fresh", "--seed", 3))
+    assert code == 0, err
+    assert "going on" not in said and "\nepoch 1 " in said
+    old = torch.load(trained / f"{name}.pt", weights_only=True)
+    new = torch.load(replaced, weights_only=True)
+    assert [row["epoch"] for row in new["history"]] == [1]
+    assert new["settings"] == old["settings"] | {"epochs": 1, "seed": 3}
+    assert new["code"] != old["code"]
+    assert any(not torch.equal(new["model"][key], p) for key, p in old["model"].items())
+
+
+# ---- commands that train nothing: the copy runs in this process
+
+
+@pytest.fixture
+def command(copied, monkeypatch, capsys):
+    """Runs a script's copy -> exit code or message, stdout."""
+
+    def run(name, *given):
+        monkeypatch.setattr(sys, "argv", [name, "--device", "cpu", *map(str, given)])
+        try:
+            runpy.run_path(str(copied / f"{name}.py"), run_name="__main__")
+            code = 0
+        except SystemExit as stopped:
+            code = stopped.code
+        return code, capsys.readouterr().out
+
+    return run
+
+
+@BOTH
+def test_weights_that_do_not_fit_are_one_line(copied, trained, command, name):
+    path = finished(trained, name, copied / "out")
+    before = state(path.parent)
+    edit(copied / f"{name}.py", *LAYER[name])
+    message, said = command(name, "--out", path.parent, "--sample", 4)
+    assert is_one_line(f"{message}\n") and said == ""
+    assert f"the weights in {path} do not fit the network of {name}.py" in message
+    assert "--fresh" in message and state(path.parent) == before
+
+
+@BOTH
+def test_samples_are_those_of_the_seed(copied, trained, command, name):
+    """Drawn from one checkpoint, in --out or by --load, also by code that trains otherwise."""
+    path = finished(trained, name, copied / "out")
+    edit(copied / f"{name}.py", *LOSS[name])
+    before = path.read_bytes()
+    drawn = {}
+    for seed in "", "--seed 0", "--seed 1", "--seed 2":
+        code, said = command(name, "--out", path.parent, "--sample", 4, *seed.split())
+        assert code == 0 and said == f"wrote the pictures {name}_* in {path.parent}/\n"
+        drawn[seed] = (path.parent / f"{name}_sample.png").read_bytes()
+    assert drawn[""] == drawn["--seed 0"]
+    assert len(set(drawn.values())) == 3
+    other = copied / "other"
+    code, _ = command(name, "--out", other, "--load", path, "--sample", 4, "--seed", 1)
+    assert code == 0 and os.listdir(other) == [f"{name}_sample.png"]
+    assert (other / f"{name}_sample.png").read_bytes() == drawn["--seed 1"]
+    assert path.read_bytes() == before
+
+
+@BOTH
+def test_a_file_of_the_other_script_is_no_checkpoint(copied, trained, command, name):
+    (other,) = set(NAMES) - {name}
+    path = finished(trained, other, copied / "out")
+    message, _ = command(name, "--out", copied / "new", "--load", path, "--sample", 4)
+    assert is_one_line(f"{message}\n") and f"{path} is no checkpoint of {name}.py" in message
+    message, _ = command(name, "--out", copied / "new", "--load", path)
+    assert is_one_line(f"{message}\n") and "--load only goes with --sample" in message
+    assert os.listdir(copied / "new") == []
+
+
+@BOTH
+def test_a_contradicting_flag_names_both_values(copied, trained, command, name):
+    path = finished(trained, name, copied / "out")
+    before = state(path.parent)
+    for more in "--epochs 5", "--epochs 5 --sample 4":
+        message, said = command(name, "--out", path.parent, *more.split())
+        assert is_one_line(f"{message}\n") and said == ""
+        assert f"{path} has epochs 2, not 5: leave out --epochs" in message
+    message, _ = command(name, "--out", path.parent, "--seed", 1)
+    assert f"{path} has seed 0, not 1: leave out --seed" in message
+    assert state(path.parent) == before
 
 
 if __name__ == "__main__":
