@@ -55,8 +55,8 @@ FILES = ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-lab
 def load_data(settings, args, device):
     """The images of a run, on device -> x_train, y_train, x_test, y_test.
 
-    x is uint8 (N, C, H, W); y is int64 (N,), or None for a folder of pictures.  settings: data,
-    pictures, size, limit (of x_train), seed.  args: data_dir and out, where things lie.
+    x is uint8 (N, C, H, W); y is int64 (N,), or None for a folder without sub-folders.  settings:
+    data, pictures, size, limit (of x_train), seed.  args: data_dir and out, where things lie.
     InputError where the data are missing or damaged.
     """
     if settings.data in SETS:
@@ -208,6 +208,8 @@ def _read_folder(folder, size, seed, out, digest):
     digest: of the pictures, so that they are read again when they have changed.
     """
     paths, others = find_pictures(folder, out)
+    names = _folder_names(folder, out)
+    labels = []
     good = []
     bad = []
     for path in progress(paths, "reading"):
@@ -216,6 +218,7 @@ def _read_folder(folder, size, seed, out, digest):
             bad.append(f"{path.relative_to(folder)} ({pixels})")
         else:
             good.append(pixels)
+            labels.append(_label(path, folder))
     said = f"{folder}: {len(good)} pictures read, {len(bad)} skipped, {others} other files"
     log(": ".join([said, *bad]) if bad else said)
     if len(good) < 2:
@@ -223,9 +226,50 @@ def _read_folder(folder, size, seed, out, digest):
     x = torch.from_numpy(np.stack(good)).permute(0, 3, 1, 2)
     if (x == x[:, :1]).all():
         x = x[:, :1]  # all of them are gray
-    x = x[torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))].contiguous()
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
+    x = x[order].contiguous()
     held_out = math.ceil(len(x) / 10)
-    return x[held_out:], None, x[:held_out], None
+    if not names:
+        return x[held_out:], None, x[:held_out], None
+    y = torch.tensor([names.index(label) for label in labels])[order]
+    return x[held_out:], y[held_out:], x[:held_out], y[:held_out]
+
+
+def _label(path, folder):
+    """The first sub-folder on the way to a picture; None if it lies in the folder itself."""
+    return (path.relative_to(folder).parts[:-1] or [None])[0]
+
+
+def _folder_names(folder, out):
+    """The names of the sub-folders, which label the pictures if every picture lies in one."""
+    names = {_label(path, folder) for path in find_pictures(folder, out)[0]}
+    return [] if None in names else sorted(names)
+
+
+def class_names(settings, args):
+    """The names of the labels 0, 1, ... of a run's images.  InputError if they have none."""
+    if settings.data in SETS:
+        return [str(label) for label in range(10)]
+    names = _folder_names(settings.data, args.out)
+    if not names:
+        raise InputError(f"{settings.data} has no labels: put each class into a sub-folder")
+    return names
+
+
+def labels_to_draw(classes, name, n):
+    """The labels (n,) of n samples, or None; and how many images make a row.
+
+    With a name all have that label, else each class fills a row.  InputError for an unknown name.
+    """
+    if name is not None:
+        if name not in classes:
+            known = f"choose {', '.join(classes)}" if classes else "train with --labels first"
+            raise InputError(f"--digit {name} is unknown to this model: {known}")
+        return torch.full((n,), classes.index(name)), 10
+    if not classes:
+        return None, 10
+    columns = math.ceil(n / len(classes))
+    return torch.arange(n) // columns, columns
 
 
 def title(settings):
@@ -349,7 +393,7 @@ def save_gif(panels, path, title, labels):
 
 def check_choice(name, value, choices):
     if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
+        raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}, not {value!r}")
 
 
 def check_range(name, value, low, high=math.inf):
@@ -530,6 +574,8 @@ def open_run(args, path, default, code):
         _lock(path)
     if saved:
         log(f"going on after epoch {done} of {settings.epochs}")
+        if settings.epochs != saved["settings"]["epochs"]:
+            log(f"the learning rate is now that of a run of {settings.epochs} epochs")
     return settings, saved
 
 
@@ -543,7 +589,9 @@ def find_run(args, path, default, code):
     saved = load_checkpoint(path, path.stem) if path.exists() and not args.fresh else None
     settings = Namespace(**(saved["settings"] if saved else default))
     if saved:
-        check_flags(args, saved["settings"], path)
+        done = len(saved["history"])
+        more = args.epochs is not None and args.epochs >= done  # it trains on, or ends earlier
+        check_flags(args, saved["settings"], path, but=("epochs",) if more else ())
         if saved.get("code") != code:
             raise InputError(
                 f"{path.stem}.py has changed since {path} was trained: --fresh trains anew, "
@@ -716,6 +764,9 @@ def data(text):
     if text in SETS:
         return text
     return str(Path(place(text)).resolve())
+
+
+SWITCH = {"action": "store_const", "const": True}  # None if it is not given
 
 
 def arguments(doc):

@@ -54,6 +54,8 @@ CHAIN = {
     "schedule": "linear",  # of β_t; "cosine" is Nichol & Dhariwal's
     "variance": "posterior",  # σ_t² = β̃_t.  "beta" is Ho's other choice, β_t; see section 3.2
     "batch_size": 64,  # larger ones need a larger learning rate
+    "labels": False,  # whether the network is told which digit it draws
+    "classes": [],  # their names, if it is
 }
 WARM_UP = 0.02  # share of the run in which the learning rate rises: Adam's first steps are wild
 AVERAGED = 0.05  # sampling uses weights averaged over about this share of the steps taken so far
@@ -139,18 +141,19 @@ class DDPM(nn.Module):
 
     # ---- training: Ho, Algorithm 1
 
-    def loss(self, x0, t=None, eps=None):
+    def loss(self, x0, t=None, eps=None, *more):
         """The mean over images and pixels of ‖ε - ε_θ(x_t, t)‖², weighted by t: a scalar.
 
         Ho, Algorithm 1.  Its line 2 is x0 (B, C, H, W).  Unless given, t (B,) is uniform, and eps
-        is Gaussian noise like x0.  For "simple" the weight of every t is 1.
+        is Gaussian noise like x0.  For "simple" the weight of every t is 1.  more: what else the
+        network is given, such as labels.
         """
         if t is None:
             t = torch.randint(1, self.T + 1, (len(x0),), device=x0.device)  # line 3
         if eps is None:
             eps = torch.randn_like(x0)  # line 4
         xt = self.q_sample(x0, t, eps)
-        error = (eps - self.net(xt, t)) ** 2  # line 5
+        error = (eps - self.net(xt, t, *more)) ** 2  # line 5
         return (per_image(self.weight[t]) * error).mean()  # Ho (14)
 
     forward = loss  # DistributedDataParallel and torch.compile wrap forward
@@ -158,16 +161,19 @@ class DDPM(nn.Module):
     # ---- sampling from t to s = t-1, though all of it holds for any s < t: Ho, Algorithm 2
 
     @torch.no_grad()
-    def sample(self, n, steps=None, eta=1.0):
+    def sample(self, n, steps=None, eta=1.0, order=1, labels=None, guidance=0.0):
         """n images (n, C, H, W) in [0, 1], by all T steps: Ho, Algorithm 2.
 
-        Beyond the paper: `steps` in 1 ... T takes fewer of them, `eta` < 1 adds less noise, and
-        eta = 0 none (DDIM); see trajectory.  ValueError for n, steps or eta out of range.
+        Beyond the paper: `steps` in 1 ... T takes fewer of them, `order` = 2 makes more of each,
+        and `eta` < 1 adds less noise (see trajectory); `labels` chooses what is drawn (see
+        guided). ValueError for a value out of range.
         """
         common.check_range("n", n, 0)
+        if labels is not None:
+            return guided(self, labels, guidance).sample(n, steps, eta, order)
         xt = torch.randn(n, *self.shape, device=self.weight.device)  # line 1
-        if steps is not None or eta != 1:
-            *_, (_, x0, _) = self.trajectory(xt, self.times(steps), eta)
+        if steps is not None or eta != 1 or order != 1:
+            *_, (_, x0, _) = self.trajectory(xt, self.times(steps), eta, order)
             return to_image(x0)
         for t in range(self.T, 0, -1):  # line 2
             mean, variance = self.p_mean_variance(xt, t, t - 1)
@@ -217,9 +223,9 @@ class DDPM(nn.Module):
         """T, ..., 0: the steps+1 times that a sampler visits, all of them by default."""
         return choose_times(self.T, steps)
 
-    def trajectory(self, xt, times, eta=1.0):
+    def trajectory(self, xt, times, eta=1.0, order=1):
         """Samples from xt through times; yields (t, x_t, x̂_0).  See trajectory."""
-        return trajectory(self, xt, times, eta)
+        return trajectory(self, xt, times, eta, order)
 
     def vlb_terms(self, x0, times=None):
         """All terms of the bound in nats, (B, K+1).  See vlb_terms."""
@@ -268,14 +274,17 @@ class Block(nn.Module):
 class UNet(nn.Module):
     """A small U-Net: x (B, cin, H, W), t (B,) -> (B, cout, H, W).  It knows nothing of ᾱ_t.
 
+    With classes > 0 it is also told a label (B,) in 0 ... classes, the last for "not said".
+
     It has `width` channels at half the resolution and twice as many at a quarter, 14×14 and 7×7
     for a digit.  The full resolution would cost most of the time, so 2×2 pixels are folded into
     channels. ValueError unless H and W are multiples of 4.
     """
 
-    def __init__(self, cin=1, cout=1, width=64):
+    def __init__(self, cin=1, cout=1, width=64, classes=0):
         super().__init__()
         self.width = width
+        self.classes = classes
         embed = 128
         layers = [nn.Linear(2 * width, embed), nn.SiLU(), nn.Linear(embed, embed), nn.SiLU()]
         self.time = nn.Sequential(*layers)
@@ -289,14 +298,19 @@ class UNet(nn.Module):
         self.norm_out = nn.GroupNorm(1, width)
         self.conv_out = nn.Conv2d(width, 4 * cout, 3, padding=1)
         nn.init.zeros_(self.conv_out.weight)  # a new network gives a constant
+        if classes:
+            self.label = nn.Embedding(classes + 1, embed)
 
-    def forward(self, x, t):
+    def forward(self, x, t, labels=None):
         if x.shape[2] % 4 or x.shape[3] % 4:
             raise ValueError(f"height and width must be multiples of 4, not {tuple(x.shape[2:])}")
         # sin and cos of t 10000^(-i/width), i = 0 ... width-1: Vaswani et al. 2017, section 3.5
         i = torch.arange(self.width, device=t.device)
         angle = t[:, None] * torch.exp(-math.log(10000) * i / self.width)  # (B, width)
         time = self.time(torch.cat([angle.sin(), angle.cos()], dim=1))  # (B, embed)
+        if self.classes:
+            time = time + self.label(torch.full_like(t, self.classes) if labels is None else
+            labels)
         h = F.pixel_unshuffle(x, 2)  # (B, 4 cin, H/2, W/2)
         h = h.contiguous(memory_format=torch.channels_last)  # the layout of fast convolutions
         h = self.conv_in(h)  # (B, width, H/2, W/2)
@@ -330,12 +344,12 @@ class Preconditioned(nn.Module):
         self.register_buffer("signal_rate", alpha_bar.sqrt().float(), persistent=False)
         self.register_buffer("noise_rate", (1 - alpha_bar).sqrt().float(), persistent=False)
 
-    def forward(self, xt, t):
+    def forward(self, xt, t, *more):
         signal_rate = per_image(self.signal_rate[t])
         noise_rate = per_image(self.noise_rate[t])
         if_black = ((xt + signal_rate) / noise_rate).clamp(-3, 3)
         if_white = ((xt - signal_rate) / noise_rate).clamp(-3, 3)
-        v = self.net(torch.cat([xt, if_black, if_white], dim=1), t)
+        v = self.net(torch.cat([xt, if_black, if_white], dim=1), t, *more)
         return noise_rate * xt + signal_rate * v
 
 
@@ -343,7 +357,8 @@ def build(settings):
     """The DDPM of a run's settings, a dict.  To try another network, change this function."""
     alpha_bar = make_alpha_bar(settings["schedule"], settings["T"])
     channels = settings["shape"][0]
-    net = UNet(3 * channels, channels, settings["width"]).to(memory_format=torch.channels_last)
+    net = UNet(3 * channels, channels, settings["width"], len(settings["classes"]))
+    net.to(memory_format=torch.channels_last)
     return DDPM(
         Preconditioned(net, alpha_bar),
         schedule=alpha_bar,
@@ -383,18 +398,20 @@ def update_average(average, model, step):
 def train(args, device, watch=None):
     """Trains a DDPM, or goes on with a run that was stopped -> model, history.
 
-    Ho, Algorithm 1.  args: as parse returns them.  The model has the averaged weights.  history is a list with one
-    dict an epoch: epoch, train_loss, test_loss (of the averaged weights), seconds of training
-    since the start, and what watch(model, epoch) returns.  After each epoch all of it is in
-    OUT/ddpm.pt.
+    Ho, Algorithm 1.  args: as parse returns them.  The model has the averaged weights.  history is
+    a list with one dict an epoch: epoch, train_loss, test_loss (of the averaged weights), seconds
+    of training since the start, and what watch(model, epoch) returns.  After each epoch all of it
+    is in OUT/ddpm.pt.
     """
     path = Path(args.out) / "ddpm.pt"
     settings, saved = common.open_run(args, path, defaults(args, device), CODE)
     check_steps(args, settings.T)
     if saved and len(saved["history"]) == settings.epochs:
         return load(path, device), saved["history"]
-    x_train, _, x_test, _ = common.load_data(settings, args, device)  # uint8 (N, C, H, W)
+    x_train, y_train, x_test, _ = common.load_data(settings, args, device)  # uint8 (N, C, H, W)
     settings.shape = list(x_train.shape[1:])
+    if settings.labels:
+        settings.classes = common.class_names(settings, args)
 
     torch.manual_seed(10**6 * settings.seed)
     model = build(vars(settings)).to(device)
@@ -429,8 +446,9 @@ def train(args, device, watch=None):
             x0 = to_model(x_train[batch] / 255)  # line 2: (B, C, H, W) in [-1, 1]
             t = draw_t(len(x0), settings.T, settings.times, device)  # line 3: (B,) in 1 ... T
             eps = torch.randn_like(x0)  # line 4
+            more = [some_labels(y_train[batch], settings)] if settings.labels else []
             with common.autocast(device, settings.precision):
-                loss = wrapped(x0, t, eps)  # line 5: DDPM.loss
+                loss = wrapped(x0, t, eps, *more)  # line 5: DDPM.loss
 
             optimizer.zero_grad()
             loss.backward()
@@ -561,24 +579,41 @@ def choose_times(T, steps=None):
 
 
 @torch.no_grad()
-def trajectory(model, xt, times, eta=1.0):
+def trajectory(model, xt, times, eta=1.0, order=1):
     """A sampler that visits falling `times`: yields (t, x_t, x̂_0) before each step.
 
     xt (B, C, H, W) is x_t at the first of times.  If the last of times is 0, it ends with
-    (0, x_0, x_0).  With eta = 1 a step is Ho's, q(x_s|x_t, x_0) with x̂_0 for x_0.  eta < 1 adds
-    noise of variance η² β̃, and eta = 0 none: DDIM (Song et al. 2021).  ValueError for eta not in
-    [0, 1].
+    (0, x_0, x_0).  A step is Ho's, q(x_s|x_t, x_0) with x̂_0 for x_0.
+    eta: the noise of a step has variance η² β̃.  1 is Ho's, 0 adds none: DDIM (Song et al. 2021).
+    order: 2 extrapolates the guess x̂_0 from the step before to the middle of this step, on the
+    scale of λ_t: DPM-Solver++(2M) (Lu et al. 2022).  The first step has none before it, and in the
+    last λ_s is infinite.  ValueError for another eta or order.
     """
     common.check_range("eta", eta, 0, 1)
-    for t, s in itertools.pairwise(times):
+    common.check_choice("order", order, (1, 2))
+    x0_before = None
+    for i, (t, s) in enumerate(itertools.pairwise(times)):
         x0_hat = model.predict_x0(xt, t)
         yield t, xt, x0_hat
-        mean, variance = model.p_mean_variance(xt, t, s, x0_hat)
+        guess = x0_hat
+        if order == 2 and i > 0 and s > 0:
+            before = log_ratio(model, times[i - 1])
+            now = log_ratio(model, t)
+            steps = (log_ratio(model, s) - now) / (now - before)  # this step, in those of before
+            guess = x0_hat + steps / 2 * (x0_hat - x0_before)
+        mean, variance = model.p_mean_variance(xt, t, s, guess)
         if eta != 1:
-            mean, variance = ddim_mean_variance(model, x0_hat, xt, t, s, eta)
+            mean, variance = ddim_mean_variance(model, guess, xt, t, s, eta)
         z = torch.randn_like(xt) if s > 0 else 0
         xt = mean + variance**0.5 * z
+        x0_before = x0_hat
     yield times[-1], xt, xt
+
+
+def log_ratio(model, t):
+    """λ_t = log(√ᾱ_t / √(1-ᾱ_t)), a float: signal over noise in x_t."""
+    signal_rate, noise_rate = model.rates(t)
+    return math.log(signal_rate / noise_rate)
 
 
 def ddim_mean_variance(model, x0_hat, xt, t, s, eta):
@@ -594,6 +629,37 @@ def ddim_mean_variance(model, x0_hat, xt, t, s, eta):
     alpha_bar_s = model.alpha_bar[s].item()
     mean = alpha_bar_s**0.5 * x0_hat + (1 - alpha_bar_s - variance) ** 0.5 * eps_hat
     return mean, variance
+
+
+# ---- beyond the paper: which digit is drawn
+
+
+def some_labels(labels, settings):
+    """The labels of a batch (B,), one in ten of them "not said".  Ho & Salimans 2022, algorithm 1
+
+    So one network learns to guess the noise with a label and without.
+    """
+    unsaid = torch.rand(len(labels), device=labels.device) < 0.1
+    return torch.where(unsaid, len(settings.classes), labels)
+
+
+def guided(model, labels, guidance=0.0):
+    """A DDPM that draws images of these labels, an int or (n,).  Ho & Salimans 2022, equation 6
+
+    Its ε_θ is (1+w) ε_θ(x_t, t, label) - w ε_θ(x_t, t) with w = guidance.  With 0 it draws a class
+    as it is.  More draws what looks least like any other class, so the images are clearer and more
+    alike.
+    """
+
+    def eps(xt, t):
+        label = torch.as_tensor(labels, device=xt.device).expand(len(xt))
+        conditional = model.net(xt, t, label)
+        if guidance == 0:
+            return conditional
+        return (1 + guidance) * conditional - guidance * model.net(xt, t)
+
+    options = {"variance": model.variance, "clip": model.clip, "shape": model.shape}
+    return DDPM(eps, schedule=model.alpha_bar, **options).to(model.weight.device)
 
 
 # ---- beyond sampling: the bound, term by term
@@ -687,22 +753,40 @@ def vlb_terms(model, x0, times=None):
 # ---- pictures
 
 
-def sample_many(model, n, steps=None, eta=1.0):
-    """DDPM.sample of n images, 500 at a time, with a progress bar."""
+def sample_many(model, n, steps=None, eta=1.0, labels=None, guidance=0.0):
+    """DDPM.sample of n images, 500 at a time, with a progress bar.  labels: (n,), if any."""
     steps = steps or min(STEPS, model.T)
-    parts = [500] * (n // 500) + [n % 500] * (n % 500 > 0)
-    parts = common.progress(parts, "sampling")
-    return torch.cat([model.sample(part, steps, eta) for part in parts])
+    images = []
+    for i in common.progress(range(0, n, 500), "sampling"):
+        part = None if labels is None else labels[i : i + 500]
+        count = min(500, n - i)
+        images.append(model.sample(count, steps, eta, labels=part, guidance=guidance))
+    return torch.cat(images)
 
 
 def draw_samples(model, n, args, device, path):
-    """n samples in the picture `path`, the same at every call with the same seed."""
-    seed = model.settings["seed"] if args.seed is None else args.seed
-    torch.manual_seed(seed)
+    """n samples in the picture `path`, the same at every call with the same seed.
+
+    Where the network knows labels, they are of --digit, or else each class has a row of its own.
+    """
+    torch.manual_seed(model.settings["seed"] if args.seed is None else args.seed)
+    labels, columns = common.labels_to_draw(model.settings["classes"], args.digit, n)
     with common.autocast(device, args.precision):
-        x = sample_many(model, n, args.steps, args.eta)
+        x = sample_many(model, n, args.steps, args.eta, labels, args.guidance)
     title = f"DDPM, {common.title(model.settings)}: {n} samples"
-    common.plot_grid(x, path, title)
+    common.plot_grid(x, path, title, columns)
+
+
+def draw_guidance(model, args, device, path):
+    """Two samples of each class with guidance 0, 1 and 4, from the same noise."""
+    labels = torch.arange(2 * len(model.settings["classes"])) // 2
+    rows = {}
+    for guidance in 0, 1, 4:
+        torch.manual_seed(model.settings["seed"])
+        with common.autocast(device, args.precision):
+            x = sample_many(model, len(labels), args.steps, args.eta, labels, guidance)
+        rows[f"guidance {guidance}"] = x
+    common.plot_rows(rows, path, f"DDPM, {common.title(model.settings)}: what guidance does")
 
 
 @torch.no_grad()
@@ -711,6 +795,8 @@ def draw(model, history, args, device):
     out = Path(args.out)
     name = f"DDPM, {common.title(model.settings)}"
     draw_samples(model, 100, args, device, out / "ddpm_samples.png")
+    if model.settings["classes"]:
+        draw_guidance(model, args, device, out / "ddpm_labels.png")
 
     torch.manual_seed(model.settings["seed"])
     times = model.times(args.steps or min(STEPS, model.T))
@@ -762,6 +848,9 @@ def parse(argv):
     add("--width", type=number(int, 4, 1024), help="channels of the U-Net (the recipe's)")
     add("--T", type=number(int, 2, 10000), help="steps of the chain (1000)")
     add("--schedule", choices=SCHEDULES, help="of the noise (linear)")
+    add("--labels", **common.SWITCH, help="tell the network the labels, so that it can draw one")
+    add("--digit", help="with --sample: the label to draw (a row for each)")
+    add("--guidance", type=number(float, 0, 100), default=0.0, help="clearer, less varied (0)")
     add("--steps", type=number(int, 1, 10000), help=f"network evaluations for a sample ({STEPS})")
     add("--eta", type=number(float, 0, 1), default=1.0, help="noise in sampling; 0: DDIM (1)")
     return parser.parse_args(argv)

@@ -237,7 +237,8 @@ def train(args, device, watch=None):
             x = x_train[batch] / 255  # (B, C, H, W) in [0, 1]
             with common.autocast(device, settings.precision):
                 reconstruction, kl = wrapped(x)  # (B,) nats each
-            loss = (settings.kl_weight * kl - reconstruction).mean()  # -ELBO, a mean where the sum is KW (8)
+            # -ELBO, if the weight is 1: the mean over the batch of what is a sum in KW (8)
+            loss = (settings.kl_weight * kl - reconstruction).mean()
 
             optimizer.zero_grad()
             loss.backward()

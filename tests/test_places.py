@@ -1,5 +1,6 @@
 """The scripts where people run them: notebooks, logs, other folders, full disks, an Apple GPU."""
 
+import ast
 import contextlib
 import gzip
 import os
@@ -37,11 +38,15 @@ def fresh_process(monkeypatch):
     common._read_folder.cache_clear()
 
 
+def small(digits):
+    """The beginning of every command line here: 70 digits, one epoch of two steps."""
+    run = ["--limit", "70", "--batch-size", "32", "--epochs", "1", "--precision", "float32"]
+    return ["--device", "cpu", "--data-dir", str(digits), *run]
+
+
 @pytest.fixture
 def flags(digits):
-    """The beginning of every command line here: 70 digits, one epoch of two steps."""
-    small = ["--limit", "70", "--batch-size", "32", "--epochs", "1", "--precision", "float32"]
-    return ["--device", "cpu", "--data-dir", str(digits), *small]
+    return small(digits)
 
 
 @pytest.fixture
@@ -123,32 +128,37 @@ def test_a_notebook_runs_the_scripts_and_shows_a_picture(flags, tmp_path):
     assert "error: argument --sample" in said[5]["stderr"]
 
 
-@posix
-def test_stdout_may_be_closed(flags, tmp_path):
-    closed = ["sh", "-c", 'exec "$@" >&-', "sh"]
-    code, out, err = finish(popen(closed + command(vae, *flags, "--out", tmp_path)))
-    assert (code, out) == (0, "") and "Traceback" not in err and "100%" in err
-    assert {"vae.pt", "vae_samples.png"} <= set(os.listdir(tmp_path))
+@pytest.fixture(scope="module")
+def background(digits, tmp_path_factory):
+    """A run as a service starts it: stdout closed, a log, a launcher's and a user's settings.
 
-
-@pytest.fixture
-def logged(flags, tmp_path):
-    """A run of 40 epochs with its output in a file, and a launcher's and a user's settings."""
-    style = tmp_path / "matplotlibrc"
+    -> its flags, its folder, exit code, log, seconds.
+    """
+    out = tmp_path_factory.mktemp("background")
+    style = out / "matplotlibrc"
     style.write_text("image.origin: lower\ntext.usetex: True\nfigure.facecolor: black\n")
     env = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MATPLOTLIBRC": str(style)}
-    words = [*flags, "--epochs", "40"]
-    with open(tmp_path / "log", "w") as log:
-        finish(popen(command(vae, *words, "--out", tmp_path / "a"), env=env, stderr=log))
-    return words, (tmp_path / "log").read_bytes()
+    words = [*small(digits), "--epochs", "20"]
+    closed = ["sh", "-c", 'exec "$@" >&-', "sh", *command(vae, *words, "--out", out / "out")]
+    started = time.monotonic()
+    with open(out / "log", "w") as log:
+        code, _, _ = finish(popen(closed, env=env, stderr=log))
+    return words, out / "out", code, (out / "log").read_text(), time.monotonic() - started
 
 
-def test_a_log_is_short_and_the_users_settings_change_nothing(logged, tmp_path):
-    words, log = logged
-    assert log.count(b"\r") <= 3 and len(log) < 400 and b"80/80" in log
-    vae.main([*words, "--out", str(tmp_path / "b")])
-    drawn = pictures(tmp_path / "b")
-    assert len(drawn) == 4 and pictures(tmp_path / "a") == drawn
+@posix
+def test_a_closed_stdout_is_no_error_and_a_log_is_short(background):
+    _, _, code, log, seconds = background
+    assert code == 0 and "Traceback" not in log and "40/40" in log
+    assert log.count("it/s") <= 3 + seconds / 30 and len(log) < 1000
+
+
+@posix
+def test_a_launchers_variables_and_a_users_style_change_nothing(background, tmp_path):
+    words, out, *_ = background
+    vae.main([*words, "--out", str(tmp_path)])
+    drawn = pictures(tmp_path)
+    assert len(drawn) == 4 and pictures(out) == drawn
 
 
 @posix
@@ -181,13 +191,10 @@ def test_two_first_runs_at_once_read_what_is_there_and_unpack_nothing(flags, tmp
     assert [(path, path.stat().st_mtime_ns) for path in sorted(raw.parent.rglob("*"))] == before
 
 
-def test_damaged_data_are_refused_without_assertions_too(flags, digits, tmp_path):
-    raw = shutil.copytree(digits / "MNIST" / "raw", tmp_path / "MNIST" / "raw")
-    shutil.copy(raw / "t10k-labels-idx1-ubyte", raw / "train-labels-idx1-ubyte")
-    words = command(vae, *flags, "--data-dir", tmp_path, "--out", tmp_path / "out")
-    code, _, err = finish(popen([sys.executable, "-O", *words[1:]]))
-    assert code == 1 and err.startswith("error: ") and err.count("\n") == 1
-    assert "1100 images, 600 labels" in err
+@pytest.mark.parametrize("script", [common, *SCRIPTS])
+def test_no_check_is_an_assertion_which_python_can_leave_out(script):
+    tree = ast.parse(Path(script.__file__).read_text(encoding="utf-8"))
+    assert not any(isinstance(node, ast.Assert) for node in ast.walk(tree))
 
 
 def test_a_browser_may_have_unpacked_the_files(flags, digits, tmp_path):
@@ -233,6 +240,7 @@ def test_pictures_that_change_between_a_stop_and_the_same_command(script, pics, 
 
     words = [*flags, "--data", str(pics), "--size", "16", "--epochs", "3", *SMALL[script]]
     args = script.parse([*words, "--out", str(tmp_path / "out")])
+    common.start(args)
     with pytest.raises(KeyboardInterrupt):
         script.train(args, CPU, stop)
     path = tmp_path / "out" / f"{script.__name__}.pt"
@@ -316,7 +324,7 @@ def test_a_name_that_is_not_utf_8(script, flags, tmp_path, capsys):
     assert f"{script.__name__}_samples.png" in os.listdir(folder / "out")
     script.main([*words, "--out", str(folder / "out")])
     assert "caf?/out" in capsys.readouterr().out.replace(os.sep, "/")
-    assert "caf?" in fails(script, *words, "--epochs", "2", "--out", folder / "out")
+    assert "caf?" in fails(script, *words, "--seed", "5", "--out", folder / "out")
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -342,7 +350,7 @@ def test_a_sample_from_a_folder_that_is_left_alone(script, flags, tmp_path, monk
     (kept / f"{name}.pt").rename(kept / "model.pt")
     before = {path: path.stat().st_mtime_ns for path in [kept, *kept.iterdir()]}
     drawn = []
-    monkeypatch.setattr(common, "plot_grid", lambda x, path, title: drawn.append((x, path)))
+    monkeypatch.setattr(common, "plot_grid", lambda x, path, *_: drawn.append((x, path)))
     sample = ["--device", "cpu", "--sample", "3", "--load", str(kept / "model.pt")]
     for more in [], ["--seed", "0", "--precision", "float32"], ["--seed", "1"]:
         common.best_precision.cache_clear()
@@ -385,7 +393,7 @@ def test_a_file_that_is_no_checkpoint_has_words_of_its_own(script, flags, tmp_pa
 
 
 class AppleGPU(TorchDispatchMode):
-    """Raises TypeError at float64 where an Apple GPU, which has none, would see it.
+    """Raises RuntimeError at float64 where an Apple GPU, which has none, would see it.
 
     A table in float64 that lies on the CPU is not on the GPU: float64 may be computed from float64
     alone, and become a number or float32.  It must not be made from, or meet, any other tensor.
@@ -400,7 +408,7 @@ class AppleGPU(TorchDispatchMode):
         made = {x.dtype for x in tree_leaves(result) if isinstance(x, torch.Tensor)}
         new = torch.float64 in made and torch.float64 not in given
         if not self.exempt and (new or (torch.float64 in given and len(given) > 1)):
-            raise TypeError(f"float64 on an Apple GPU: {func}")
+            raise RuntimeError(f"float64 on an Apple GPU: {func}")
         return result
 
     @contextlib.contextmanager
@@ -435,8 +443,6 @@ def test_no_float64_meets_an_apple_gpu(script, flags, tmp_path, monkeypatch):
         if script is ddpm:
             script.main([*words, "--sample", "3", "--eta", "0", "--steps", "2"])
     assert len(pictures(tmp_path)) == 5
-    with pytest.raises(AssertionError):
-        assert len(pictures(tmp_path)) == 0
 
 
 def test_float64_on_an_apple_gpu_is_noticed(flags, tmp_path, monkeypatch):
@@ -451,12 +457,12 @@ def test_float64_on_an_apple_gpu_is_noticed(flags, tmp_path, monkeypatch):
             lambda: table[torch.tensor([1, 2])],
             lambda: x.sum(dtype=torch.float64),
         ):
-            with pytest.raises(TypeError, match="Apple"):
+            with pytest.raises(RuntimeError, match="Apple"):
                 wrong()
             with mode.cpu():
                 wrong()
     rates = lambda model, t: (model.alpha_bar[t].view(-1, 1, 1, 1),) * 2  # noqa: E731
     monkeypatch.setattr(ddpm.DDPM, "rates", rates)
     words = [*flags, *SMALL[ddpm], "--out", str(tmp_path)]
-    with on_apple_gpu(monkeypatch, ddpm), pytest.raises(TypeError, match="Apple"):
+    with on_apple_gpu(monkeypatch, ddpm), pytest.raises(RuntimeError, match="Apple"):
         ddpm.main(words)

@@ -8,6 +8,7 @@ import ast
 import functools
 import itertools
 import os
+import re
 import runpy
 import shutil
 import subprocess
@@ -61,9 +62,8 @@ def gradients(args):
     x, t = torch.rand(6, 1, 28, 28).double(), torch.tensor([1, 2, 3, 4, 1, 2])
     noise, latent = torch.randn_like(x), torch.randn(6, 2).double()
     net = nn.Conv2d(1, 1, 3, padding=1)
-    model = ddpm.DDPM(lambda xt, t: net(xt) * ddpm.per_image(t), T=4, weighting="v")
-    model.net = nn.Module()  # whose parameters are found
-    model.net.conv, model.net.forward = net, lambda xt, t: net(xt) * ddpm.per_image(t)
+    net.forward = lambda xt, t: nn.Conv2d.forward(net, xt) * ddpm.per_image(t)
+    model = ddpm.DDPM(net, schedule=[1, 0.9, 0.6, 0.3, 0.1], weighting="v")
     model, coder = model.double(), vae.VAE().double()
     for p in model.parameters():
         nn.init.normal_(p, std=0.1)
@@ -158,13 +158,14 @@ def test_missing_data_are_one_line(tmp_path):
     assert not any(path.is_file() for path in tmp_path.rglob("*"))
 
 
-# ---- a copy of a script, which somebody edits: the command line of the next run
+# ---- a copy of a script, which somebody edits: the same command again
 
 LOSS = {
-    "ddpm": ("(eps - self.net(xt, t)) ** 2", "(eps - self.net(xt, t)).abs()"),
+    "ddpm": ("error = (eps - ", "error = 2 * (eps - "),
     "vae": ("(settings.kl_weight * kl - recon", "(2 * settings.kl_weight * kl - recon"),
 }
 LAYER = {"ddpm": ("embed = 128", "embed = 96"), "vae": ("256", "250")}
+CPU = "--device", "cpu", "--precision", "float32"
 FIRST_STEP = "            optimizer.zero_grad()\n"
 STOP = f"            raise KeyboardInterrupt\n{FIRST_STEP}"
 BOTH = pytest.mark.parametrize("name", NAMES)
@@ -207,8 +208,8 @@ def written_anew(path):
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef) and ast.get_docstring(node):
             node.body[0].value.value = "Something else is said here."
-    text = f"# A comment.\n\n{ast.unparse(tree)}\n\n\n# Another one.\n"
-    path.write_text(text.replace(" = ", " = \\\n    "), encoding="utf-8")
+    text = re.sub(r"^( *\w+) = ", r"\1 = \\\n    ", ast.unparse(tree), flags=re.MULTILINE)
+    path.write_text(f"# A comment.\n\n{text}\n\n\n# Another one.\n", encoding="utf-8")
 
 
 def finished(trained, name, out):
@@ -226,13 +227,6 @@ def unfinished(trained, name, out):
     return path
 
 
-def start(copied, name, digits, path, epochs, *more):
-    """The script's copy, with the flags of the run whose checkpoint is at path."""
-    return begin(
-        sys.executable, copied / f"{name}.py", *flags(name, digits, path.parent, epochs), *more
-    )
-
-
 def state(folder):
     """All files in it, and when they were written."""
     return {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.iterdir()}
@@ -243,77 +237,12 @@ def is_one_line(err):
     return err.startswith("error: ") and err.count("\n") == 1 and err.endswith("\n")
 
 
-@BOTH
-def test_an_edited_loss_does_not_go_on_with_old_weights(copied, trained, digits, name):
-    done = finished(trained, name, copied / "done")
-    half = unfinished(trained, name, copied / "half")
-    before = state(done.parent), state(half.parent)
-    edit(copied / f"{name}.py", *LOSS[name])
-    for run, path in [
-        (start(copied, name, digits, path, epochs), path)
-        for path, epochs in ((done, 2), (half, 3))
-    ]:
-        code, said, err = end(run)
-        assert code == 1 and said == "" and is_one_line(err)
-        words = (
-            f"{name}.py has changed since {path} was trained: --fresh trains anew, another --out"
-        )
-        assert words in err
-    assert (state(done.parent), state(half.parent)) == before
-
-
-@BOTH
-def test_comments_docstrings_and_line_breaks_change_nothing(copied, trained, digits, name):
-    done = finished(trained, name, copied / "done")
-    half = unfinished(trained, name, copied / "half")
-    before = done.read_bytes()
-    written_anew(copied / f"{name}.py")
-    runs = start(copied, name, digits, done, 2), start(copied, name, digits, half, 3)
-    (code, said, err), (code_of_half, said_of_half, err_of_half) = map(end, runs)
-    assert code == 0, err
-    assert said.startswith(f"{done} is finished: drawing its pictures again")
-    assert done.read_bytes() == before and len(os.listdir(done.parent)) > 3
-    assert code_of_half == 0, err_of_half
-    assert said_of_half.startswith("going on after epoch 2 of 3\n")
-    epochs = [line.split()[1] for line in said_of_half.splitlines() if line.startswith("epoch ")]
-    assert epochs == ["3"]
-    assert len(torch.load(half, weights_only=True)["history"]) == 3
-
-
-@BOTH
-def test_fresh_replaces_the_checkpoint_after_the_first_epoch(copied, trained, digits, name):
-    """With new code, and other settings."""
-    kept = finished(trained, name, copied / "kept")
-    replaced = finished(trained, name, copied / "replaced")
-    before = state(kept.parent)
-    script = copied / f"{name}.py"
-    edit(script, FIRST_STEP, STOP)
-    stopped = start(copied, name, digits, kept, 1, "--fresh", "--seed", 3)
-    code, _, err = end(stopped)
-    assert code == 1 and "\nstopped" in err and "Traceback" not in err
-    assert state(kept.parent) == before
-    edit(script, STOP, FIRST_STEP)
-    edit(script, *LOSS[name])
-    code, said, err = end(start(copied, name, digits, replaced, 1, "--fresh", "--seed", 3))
-    assert code == 0, err
-    assert "going on" not in said and "\nepoch 1 " in said
-    old = torch.load(trained / f"{name}.pt", weights_only=True)
-    new = torch.load(replaced, weights_only=True)
-    assert [row["epoch"] for row in new["history"]] == [1]
-    assert new["settings"] == old["settings"] | {"epochs": 1, "seed": 3}
-    assert new["code"] != old["code"]
-    assert any(not torch.equal(new["model"][key], p) for key, p in old["model"].items())
-
-
-# ---- commands that train nothing: the copy runs in this process
-
-
 @pytest.fixture
 def command(copied, monkeypatch, capsys):
-    """Runs a script's copy -> exit code or message, stdout."""
+    """Runs a script's copy in this process -> exit code or message, stdout."""
 
     def run(name, *given):
-        monkeypatch.setattr(sys, "argv", [name, "--device", "cpu", *map(str, given)])
+        monkeypatch.setattr(sys, "argv", [name, *map(str, given)])
         try:
             runpy.run_path(str(copied / f"{name}.py"), run_name="__main__")
             code = 0
@@ -324,12 +253,74 @@ def command(copied, monkeypatch, capsys):
     return run
 
 
+def own_process(copied, name, *given):
+    """The same in a process of its own -> exit code, stdout, stderr."""
+    return end(begin(sys.executable, copied / f"{name}.py", *given))
+
+
+@BOTH
+def test_an_edited_loss_does_not_go_on_with_old_weights(copied, trained, digits, command, name):
+    done = finished(trained, name, copied / "done")
+    half = unfinished(trained, name, copied / "half")
+    before = state(done.parent), state(half.parent)
+    edit(copied / f"{name}.py", *LOSS[name])
+    says = f"error: {name}.py has changed since %s was trained: --fresh trains anew, another --out"
+    message, said = command(name, *flags(name, digits, done.parent))
+    assert message.startswith(says % done) and is_one_line(f"{message}\n") and said == ""
+    code, said, err = own_process(copied, name, *flags(name, digits, half.parent, epochs=3))
+    assert code == 1 and err.startswith(says % half) and is_one_line(err) and said == ""
+    assert (state(done.parent), state(half.parent)) == before
+
+
+@BOTH
+def test_comments_docstrings_and_breaks_change_nothing(copied, trained, digits, command, name):
+    done = finished(trained, name, copied / "done")
+    half = unfinished(trained, name, copied / "half")
+    before = done.read_bytes()
+    written_anew(copied / f"{name}.py")
+    code, said = command(name, *flags(name, digits, done.parent))
+    assert code == 0 and said.startswith(f"{done} is finished: drawing its pictures again")
+    assert done.read_bytes() == before and len(os.listdir(done.parent)) > 3
+    code, said, err = own_process(copied, name, *flags(name, digits, half.parent, epochs=3))
+    assert code == 0, err
+    assert said.startswith("going on after epoch 2 of 3\n")
+    assert [line.split()[1] for line in said.splitlines() if line.startswith("epoch ")] == ["3"]
+    assert len(torch.load(half, weights_only=True)["history"]) == 3
+
+
+@BOTH
+def test_fresh_replaces_what_is_there_after_an_epoch(copied, trained, digits, command, name):
+    """With new code, and other settings."""
+    path = finished(trained, name, copied / "out")
+    before = state(path.parent)
+    script = copied / f"{name}.py"
+    given = [*flags(name, digits, path.parent, epochs=1), "--fresh", "--seed", 3]
+    edit(script, FIRST_STEP, STOP)
+    code, _, err = own_process(copied, name, *given)
+    assert code == 1 and "\nstopped" in err and "Traceback" not in err
+    assert state(path.parent) == before
+    edit(script, STOP, FIRST_STEP)
+    edit(script, *LOSS[name])
+    code, said = command(name, *given)
+    assert code == 0 and "going on" not in said and "\nepoch 1 " in said
+    old, new = (
+        torch.load(folder / f"{name}.pt", weights_only=True) for folder in (trained, path.parent)
+    )
+    assert [row["epoch"] for row in new["history"]] == [1]
+    assert new["settings"] == old["settings"] | {"epochs": 1, "seed": 3}
+    assert new["code"] != old["code"]
+    assert any(not torch.equal(new["model"][key], p) for key, p in old["model"].items())
+
+
+# ---- a copy of a script: samples
+
+
 @BOTH
 def test_weights_that_do_not_fit_are_one_line(copied, trained, command, name):
     path = finished(trained, name, copied / "out")
     before = state(path.parent)
     edit(copied / f"{name}.py", *LAYER[name])
-    message, said = command(name, "--out", path.parent, "--sample", 4)
+    message, said = command(name, *CPU, "--out", path.parent, "--sample", 4)
     assert is_one_line(f"{message}\n") and said == ""
     assert f"the weights in {path} do not fit the network of {name}.py" in message
     assert "--fresh" in message and state(path.parent) == before
@@ -343,13 +334,13 @@ def test_samples_are_those_of_the_seed(copied, trained, command, name):
     before = path.read_bytes()
     drawn = {}
     for seed in "", "--seed 0", "--seed 1", "--seed 2":
-        code, said = command(name, "--out", path.parent, "--sample", 4, *seed.split())
+        code, said = command(name, *CPU, "--out", path.parent, "--sample", 4, *seed.split())
         assert code == 0 and said == f"wrote the pictures {name}_* in {path.parent}/\n"
         drawn[seed] = (path.parent / f"{name}_sample.png").read_bytes()
     assert drawn[""] == drawn["--seed 0"]
     assert len(set(drawn.values())) == 3
     other = copied / "other"
-    code, _ = command(name, "--out", other, "--load", path, "--sample", 4, "--seed", 1)
+    code, _ = command(name, *CPU, "--out", other, "--load", path, "--sample", 4, "--seed", 1)
     assert code == 0 and os.listdir(other) == [f"{name}_sample.png"]
     assert (other / f"{name}_sample.png").read_bytes() == drawn["--seed 1"]
     assert path.read_bytes() == before
@@ -359,9 +350,9 @@ def test_samples_are_those_of_the_seed(copied, trained, command, name):
 def test_a_file_of_the_other_script_is_no_checkpoint(copied, trained, command, name):
     (other,) = set(NAMES) - {name}
     path = finished(trained, other, copied / "out")
-    message, _ = command(name, "--out", copied / "new", "--load", path, "--sample", 4)
+    message, _ = command(name, *CPU, "--out", copied / "new", "--load", path, "--sample", 4)
     assert is_one_line(f"{message}\n") and f"{path} is no checkpoint of {name}.py" in message
-    message, _ = command(name, "--out", copied / "new", "--load", path)
+    message, _ = command(name, *CPU, "--out", copied / "new", "--load", path)
     assert is_one_line(f"{message}\n") and "--load only goes with --sample" in message
     assert os.listdir(copied / "new") == []
 
@@ -371,10 +362,10 @@ def test_a_contradicting_flag_names_both_values(copied, trained, command, name):
     path = finished(trained, name, copied / "out")
     before = state(path.parent)
     for more in "--epochs 5", "--epochs 5 --sample 4":
-        message, said = command(name, "--out", path.parent, *more.split())
+        message, said = command(name, *CPU, "--out", path.parent, *more.split())
         assert is_one_line(f"{message}\n") and said == ""
         assert f"{path} has epochs 2, not 5: leave out --epochs" in message
-    message, _ = command(name, "--out", path.parent, "--seed", 1)
+    message, _ = command(name, *CPU, "--out", path.parent, "--seed", 1)
     assert f"{path} has seed 0, not 1: leave out --seed" in message
     assert state(path.parent) == before
 
