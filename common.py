@@ -148,7 +148,7 @@ def find_pictures(folder, out):
         seen.add(where.resolve())
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for path in (where / name for name in files if not name.startswith(".")):
-            drawn = where.resolve() == out and path.name.startswith(("vae", "ddpm"))
+            drawn = where.resolve() == out and path.name.startswith(("vae_", "ddpm_"))
             kind = mimetypes.guess_type(path.name)[0] or ""
             if not drawn and (path.suffix.lower() in known or kind.startswith("image/")):
                 pictures.append(path)
@@ -220,7 +220,8 @@ def _read_folder(folder, size, seed, out, digest):
             good.append(pixels)
             labels.append(_label(path, folder))
     said = f"{folder}: {len(good)} pictures read, {len(bad)} skipped, {others} other files"
-    log(": ".join([said, *bad]) if bad else said)
+    more = [f"and {len(bad) - 20} more"] if len(bad) > 20 else []
+    log("; ".join([said, *bad[:20], *more]))
     if len(good) < 2:
         raise InputError(f"{folder}: {len(good)} pictures can be read; at least 2 are needed")
     x = torch.from_numpy(np.stack(good)).permute(0, 3, 1, 2)
@@ -263,8 +264,7 @@ def labels_to_draw(classes, name, n):
     """
     if name is not None:
         if name not in classes:
-            known = f"choose {', '.join(classes)}" if classes else "train with --labels first"
-            raise InputError(f"--digit {name} is unknown to this model: {known}")
+            raise InputError(f"no --digit {name} in this model: choose {', '.join(classes)}")
         return torch.full((n,), classes.index(name)), 10
     if not classes:
         return None, 10

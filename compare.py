@@ -80,7 +80,9 @@ def open_runs(args, device):
     if args.data not in common.SETS:
         raise common.InputError(f"{args.data} has no labels: choose {', '.join(common.SETS)}")
     args.recipe = args.recipe or settle("recipe", ["DDPM"], ddpm.defaults(args, device)["recipe"])
-    vae_epochs = settle("epochs", VAES, 30 if args.recipe == "short" else 100)
+    # With --epochs, a VAE that is done already may have more of them than the other one as yet.
+    default = 30 if args.recipe == "short" else 100
+    vae_epochs = args.epochs or settle("epochs", VAES, default)
 
     runs = {}
     for name, (script, file, latent_dim) in RUNS.items():
@@ -90,7 +92,7 @@ def open_runs(args, device):
         run.out = str((out / file).parent)
         if script is vae:
             run.latent_dim = latent_dim
-            run.epochs = args.epochs or vae_epochs
+            run.epochs = vae_epochs
         default = script.defaults(run, device)
         settings, _ = common.find_run(run, out / file, default, script.CODE)
         run.epochs = settings.epochs

@@ -405,7 +405,7 @@ def train(args, device, watch=None):
     """
     path = Path(args.out) / "ddpm.pt"
     settings, saved = common.open_run(args, path, defaults(args, device), CODE)
-    check_steps(args, settings.T)
+    check_sampling(args, vars(settings))
     if saved and len(saved["history"]) == settings.epochs:
         return load(path, device), saved["history"]
     x_train, y_train, x_test, _ = common.load_data(settings, args, device)  # uint8 (N, C, H, W)
@@ -828,9 +828,13 @@ def defaults(args, device):
     return common.defaults(device) | CHAIN | {"recipe": recipe} | RECIPES[recipe]
 
 
-def check_steps(args, T):
+def check_sampling(args, settings):
+    """InputError where a model of these settings cannot be sampled as args say."""
+    T = settings["T"]
     if args.steps and args.steps > T:
         raise common.InputError(f"--steps {args.steps} is more than T = {T}, all that there are")
+    if (args.digit or args.guidance) and not (args.sample and settings["labels"]):
+        raise common.InputError("--digit and --guidance go with --sample, of a run with --labels")
 
 
 def load(path, device="cpu"):
@@ -862,7 +866,7 @@ def main(argv=None):
     out = Path(args.out)
     if args.sample:
         model = common.load_for_sampling(args, out / "ddpm.pt", load, device)
-        check_steps(args, model.T)
+        check_sampling(args, model.settings)
         draw_samples(model, args.sample, args, device, out / "ddpm_sample.png")
     else:
         model, history = train(args, device)

@@ -733,7 +733,7 @@ def test_a_run_that_goes_on_has_the_settings_of_its_checkpoint(tmp_path, capsys)
         settings, saved = open_run(path, **given)
         assert settings == kept == saved["settings"] and saved["history"] == HISTORY
         assert capsys.readouterr().out == "going on after epoch 1 of 2\n"
-    for name, value in ("lr", 0.5), ("epochs", 3), ("limit", 10), ("seed", 0), ("data", "kmnist"):
+    for name, value in ("lr", 0.5), ("size", 64), ("limit", 10), ("seed", 0), ("data", "kmnist"):
         message = f"{name} {kept[name]}.*{value}.*--{name}.*--fresh"
         with pytest.raises(common.InputError, match=message):
             open_run(path, **{name: value})

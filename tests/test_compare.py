@@ -666,8 +666,11 @@ def test_what_cannot_be_compared_is_refused_before_any_work(copied, digits, monk
     for place, name in (compare, "Yardstick"), (vae, "train"), (ddpm, "train"):
         monkeypatch.setattr(place, name, fail)
     (copied / "vae20/vae.pt").unlink()
+    history = torch.load(copied / "ddpm.pt", weights_only=True)["history"]
+    change(copied / "ddpm.pt", epochs=3)
+    rewrite(copied / "ddpm.pt", history=3 * history)
     for flag, value, has in (
-        ("epochs", "2", "epochs 1"),
+        ("epochs", "2", "epochs 3"),
         ("limit", "300", "limit 200"),
         ("seed", "8", "seed 7"),
         ("data", "kmnist", "data mnist"),
@@ -741,6 +744,18 @@ def test_the_recipe_that_is_left_open_is_that_of_the_ddpm(copied):
     assert len(saved["history"]) == 1
     for name in compare.VAES:  # the paper's recipe has them trained for the report's 100 epochs
         assert runs[name].epochs == 100 and runs[name].seed == 7
+
+
+def test_more_epochs_go_on_where_a_comparison_was_stopped(copied, digits):
+    args = compare.parse(flags(copied, digits, "--epochs", "2"))
+    first, *_, last = compare.open_runs(args, CPU).items()
+    compare.trained(*first, CPU, lambda *_: {"frechet": 1.5})  # and here it is stopped
+    change(copied / "vae.pt", epochs=2)  # or after this one
+    args = compare.parse(flags(copied, digits, "--epochs", "2"))
+    runs = compare.open_runs(args, CPU)
+    assert [run.epochs for run in runs.values()] == [2, 2, 2] and list(runs)[-1] == last[0]
+    _, history = compare.trained(*last, CPU, lambda *_: {"frechet": 1.5})
+    assert [row["epoch"] for row in history] == [1, 2]
 
 
 def test_an_unfinished_model_is_gone_on_with(copied, digits):
