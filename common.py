@@ -310,7 +310,9 @@ def _picture(x, columns, title, gap=2, top=(), left=()):
 
 
 def _write(path, write):
-    """write(path), where a full or read-only disk is an InputError."""
+    """write(path) in the first process, where a full or read-only disk is an InputError."""
+    if RANK > 0:
+        return
     try:
         write(path)
     except OSError as error:
@@ -556,7 +558,7 @@ def fingerprint(file):
         alone = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
         return alone and isinstance(node.value.value, str)
 
-    tree = plain(ast.parse(Path(file).read_text(encoding="utf-8")))
+    tree = plain(ast.parse(Path(file).read_bytes()))
     return hashlib.sha256(repr(tree).encode()).hexdigest()[:16]
 
 
@@ -808,8 +810,11 @@ def run(main):
         sys.stdout = None  # nothing more can be said there
         sys.exit("error: nobody reads the output any more; the same command goes on")
     except KeyboardInterrupt:
-        sampling = any(flag.startswith("--sample") for flag in sys.argv)
-        going_on = "" if sampling else ": the same command goes on after the last finished epoch"
+        going_on = ": the same command goes on after the last finished epoch"
+        if any(flag.startswith(("--sample", "--fresh")) for flag in sys.argv):
+            going_on = ""  # nothing was trained, or it would be trained anew
         sys.exit(f"\nstopped{going_on}")
+    finally:
+        _locks.clear()  # a notebook goes on after this
     if WORLD > 1:
         dist.destroy_process_group()

@@ -172,6 +172,8 @@ class DDPM(nn.Module):
         if labels is not None:
             return guided(self, labels, guidance).sample(n, steps, eta, order)
         xt = torch.randn(n, *self.shape, device=self.weight.device)  # line 1
+        if n == 0:
+            return xt
         if steps is not None or eta != 1 or order != 1:
             *_, (_, x0, _) = self.trajectory(xt, self.times(steps), eta, order)
             return to_image(x0)
