@@ -74,7 +74,7 @@ def load_data(settings, args, device):
 
 @functools.lru_cache
 def _read_set(name, root):
-    """The four original files of a named set.  They are read as they are, packed or not."""
+    """The four original files of a named set.  They are read as they are, gzipped or not."""
     folder = Path(root) / SETS[name].__name__ / "raw"
     if not all(_idx_paths(folder, each) for each in FILES):
         _download(name, root, folder)
@@ -85,7 +85,7 @@ def _read_set(name, root):
         highest = y.max(initial=0)
         if not 0 < len(x) == len(y) or highest > 9:
             raise InputError(
-                f"{folder}: {images}-ubyte and {labels}-ubyte do not fit together ({len(x)} "
+                f"{folder}: {images}-ubyte and {labels}-ubyte do not match ({len(x)} "
                 f"images, {len(y)} labels up to {highest}): put the original files there"
             )
         data += [torch.from_numpy(x)[:, None], torch.from_numpy(y).long()]
@@ -130,8 +130,7 @@ def find_pictures(folder, out):
     """The files below folder that may be pictures, and the number of other files.
 
     Links are followed.  Hidden files and folders do not count, nor what the scripts have drawn
-    into the folder out.  A folder that cannot be read is among the pictures, and so is named with
-    those that cannot be read.
+    into the folder out.  A folder that cannot be read is listed, too, so that it gets reported.
     """
     Image.init()
     known = {suffix for suffix, kind in Image.EXTENSION.items() if kind in Image.OPEN}
@@ -160,7 +159,7 @@ def find_pictures(folder, out):
 def _digest(folder, out):
     """A digest of the names and sizes of all pictures below folder."""
     pictures, _ = find_pictures(folder, out)
-    pictures = [path for path in pictures if path.exists()]  # a link can lead nowhere
+    pictures = [path for path in pictures if path.exists()]  # a link may be broken
     listed = [(str(path.relative_to(folder)), path.stat().st_size) for path in pictures]
     return hashlib.sha256(repr(listed).encode("utf-8", "surrogateescape")).hexdigest()[:16]
 
@@ -243,7 +242,7 @@ def _label(path, folder):
 
 def _folder_names(folder, out):
     """The names of the sub-folders, which label the pictures if every picture lies in one."""
-    names = {_label(path, folder) for path in find_pictures(folder, out)[0]}
+    names = {_label(path, folder) for path in find_pictures(folder, out)[0] if path.is_file()}
     return [] if None in names else sorted(names)
 
 
@@ -260,7 +259,8 @@ def class_names(settings, args):
 def labels_to_draw(classes, name, n):
     """The labels (n,) of n samples, or None; and how many images make a row.
 
-    With a name all have that label, else each class fills a row.  InputError for an unknown name.
+    With a name all have that label; else each class fills a row, for which n is rounded up.
+    InputError for an unknown name.
     """
     if name is not None:
         if name not in classes:
@@ -269,7 +269,7 @@ def labels_to_draw(classes, name, n):
     if not classes:
         return None, 10
     columns = math.ceil(n / len(classes))
-    return torch.arange(n) // columns, columns
+    return torch.arange(len(classes) * columns) // columns, columns
 
 
 def title(settings):
@@ -317,7 +317,7 @@ def _write(path, write):
         write(path)
     except OSError as error:
         raise InputError(
-            f"cannot write {path} ({error}): make room there, or choose another --out; what has "
+            f"cannot write {path} ({error}): free some space, or choose another --out; what has "
             "been trained is kept"
         ) from None
 
@@ -328,7 +328,7 @@ def _save(figure, path):
 
 @_plain
 def plot_grid(x, path, title, columns=10):
-    """The images, row by row.  More than a picture can be high make the rows longer."""
+    """The images, row by row.  Where it would be too tall, rows get longer."""
     columns = max(columns, math.ceil(len(x) * (x.shape[2] + 2) / 60000))  # pixels
     figure, _ = _picture(x, min(columns, len(x)), title)
     _save(figure, path)
@@ -369,7 +369,8 @@ def plot_latent(mu, labels, path, title):
     for radius in 1, 2:
         axes.add_patch(Circle((0, 0), radius, fill=False, alpha=0.4))
     axes.set(title=title, xlabel="$z_1$", ylabel="$z_2$", aspect="equal")
-    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), markerscale=4, frameon=False)
+    if len(axes.collections) > 1:
+        axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), markerscale=4, frameon=False)
     _save(figure, path)
 
 
@@ -418,7 +419,7 @@ def pick_device(name):
         name = f"cuda:{LOCAL_RANK}"  # each process of torchrun takes a GPU of its own
     try:
         device = torch.zeros(1).to(name).device
-        torch.zeros(1, device=device).cpu()  # "meta" has no numbers
+        torch.zeros(1, device=device).cpu()  # the device "meta" holds no data
         return device
     except Exception as error:
         raise InputError(f"no --device {name} ({error!r:.80}): choose cpu or auto") from None
@@ -432,11 +433,11 @@ def start(args):
         raise InputError("--fresh trains, --sample does not: leave one of them out")
     try:
         Path(args.out).mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=args.out).close()  # a read-only disk shows only now
+        tempfile.TemporaryFile(dir=args.out).close()  # only this detects a read-only disk
     except OSError as error:
         raise InputError(
-            f"cannot write into --out ({error}): choose another folder (--sample finds a "
-            "checkpoint elsewhere by --load)"
+            f"cannot write into --out ({error}): choose another folder (--load can "
+            "name a checkpoint elsewhere)"
         ) from None
     device = pick_device(args.device)
     torch.set_flush_denormal(True)  # Adam's averages of dead units slow a CPU down 100 times
@@ -460,7 +461,9 @@ def share(order):
     From here on each process draws random numbers of its own.
     """
     if order.shape[1] % WORLD:
-        raise InputError(f"{WORLD} processes cannot share {order.shape[1]} images: --batch-size")
+        raise InputError(
+            f"{WORLD} processes cannot share {order.shape[1]} images: change --batch-size"
+        )
     if RANK > 0:
         torch.manual_seed(torch.initial_seed() + 10**12 * RANK)
     return order[:, RANK::WORLD]
@@ -473,7 +476,7 @@ def best_precision(device):
     if device.type == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
         return "bfloat16" if fast else "float32"
-    if device.type != "cpu":
+    if device.type != "cpu" or WORLD > 1:  # processes must not choose differently
         return "float32"
     # Ones, because random numbers would change those that the caller draws next.
     x = torch.ones(32, 64, 14, 14).contiguous(memory_format=torch.channels_last)
@@ -673,7 +676,7 @@ def save_checkpoint(path, settings, history, code="", **parts):
     try:
         torch.save(content, unfinished)
         os.replace(unfinished, path)
-    except (OSError, RuntimeError) as error:  # torch's of a full disk
+    except (OSError, RuntimeError) as error:  # torch's error for a full disk
         raise InputError(f"cannot save {path} ({error}), which is as it was before") from None
     finally:
         unfinished.unlink(missing_ok=True)
@@ -700,7 +703,7 @@ def load_checkpoint(path, kind):
     if head and not head.startswith(b"PK"):  # a zip file, as torch writes them
         raise foreign
     try:
-        if zipfile.ZipFile(path).testzip():  # a wrong checksum, at which torch does not look
+        if zipfile.ZipFile(path).testzip():  # a wrong checksum, which torch does not check
             raise zipfile.BadZipFile("wrong checksum")
     except Exception as error:
         raise InputError(f"{path} is damaged ({error!r:.80}): delete it and train anew") from None
@@ -714,9 +717,9 @@ def load_checkpoint(path, kind):
 
 
 def load_model(path, kind, part, device, build):
-    """build(settings) with the weights of a checkpoint; model.settings are the run's.
+    """build(settings) with the weights of a checkpoint.  InputError where they do not fit.
 
-    InputError where they do not fit.
+    model.settings are the run's, with the epochs that are done.
     """
     saved = load_checkpoint(path, kind)
     try:
@@ -727,7 +730,7 @@ def load_model(path, kind, part, device, build):
             f"the weights in {path} do not fit the network of {kind}.py, which has changed since: "
             f"--fresh trains anew, another --out keeps both ({error!s:.80})"
         ) from None
-    model.settings = saved["settings"]
+    model.settings = saved["settings"] | {"epochs": len(saved["history"])}
     return model.eval().requires_grad_(False).to(device)
 
 
@@ -780,18 +783,22 @@ def arguments(doc):
     add("--data", type=data, help=f"{', '.join(SETS)} or a folder of pictures (mnist)")
     add("--data-dir", type=place, default=str(DATA_DIR), help="where named data are (data/)")
     add("--size", type=int, choices=(16, 32, 64), help="width of a folder's pictures (32)")
-    add("--limit", type=number(int, 1, 10**9), help="train on that many images (all)")
+    add("--limit", type=number(int, 1, 10**9), help="train on this many images (all)")
     add("--out", type=place, default="results", help="folder for what is written (results)")
     add("--epochs", type=number(int, 1, 10**5), help="passes over the images")
-    add("--batch-size", type=number(int, 1, 10**6), help="images a step, in all")
+    add("--batch-size", type=number(int, 1, 10**6), help="images per update, over all processes")
     add("--lr", type=number(float, 1e-8, 1), help="highest learning rate of Adam")
     add("--seed", type=number(int, 0, 10**9), help="of all random numbers (0)")
     add("--device", default="auto", help="cpu, cuda, cuda:N or mps (auto: a GPU, if any)")
-    add("--precision", choices=PRECISIONS, help="of convolutions and products (the faster one)")
+    add(
+        "--precision",
+        choices=PRECISIONS,
+        help="of convolutions and products (whichever is faster)",
+    )
     add("--compile", action="store_true", help="torch.compile, for a GPU")
     add("--fresh", action="store_true", help="train anew, and replace what is in --out")
-    add("--sample", type=number(int, 1, 10000), help="only draw that many images, of --seed")
-    add("--load", type=place, help="with --sample: the checkpoint (that in --out)")
+    add("--sample", type=number(int, 1, 10000), help="just draw this many images, from --seed")
+    add("--load", type=place, help="with --sample: the checkpoint (the one in --out)")
     return parser
 
 
@@ -808,7 +815,7 @@ def run(main):
         sys.exit("error: " + _readable(" ".join(str(error).split())))  # one line
     except BrokenPipeError:
         sys.stdout = None  # nothing more can be said there
-        sys.exit("error: nobody reads the output any more; the same command goes on")
+        sys.exit("error: the output was closed; the same command goes on")
     except KeyboardInterrupt:
         going_on = ": the same command goes on after the last finished epoch"
         if any(flag.startswith(("--sample", "--fresh")) for flag in sys.argv):

@@ -5,27 +5,27 @@
   python ddpm.py --sample 64 --seed 1       draw 64 images from the checkpoint in results/
 
 On an NVIDIA GPU the default recipe is `paper`.  Elsewhere it is `short`, which trains within
-minutes on a CPU because it does NOT minimize L_simple: it weighs the same error differently over
-t.
+minutes on a CPU: a smaller network in fewer epochs.  It does NOT minimize L_simple: it weighs the
+same error differently across t.
 
 Ho is Ho, Jain & Abbeel 2020, "Denoising Diffusion Probabilistic Models" (arXiv:2006.11239).
 
 A VAE has one latent z, and learns both its encoder q(z|x) and its decoder p(x|z).  A DDPM has T
 latents x_1 ... x_T, each of the size of the image x_0.  Its encoder q(x_t|x_{t-1}) is fixed: it
 mixes in a little Gaussian noise, until x_T is nothing but noise.  Its decoder p(x_{t-1}|x_t) takes
-a little noise away.  One network, which is told t, is the decoder of all T steps.  The bound is
-that of the VAE, with a term for each latent.  Lowering it means lowering the error of a guess at
-the noise:
+a little noise away.  One network, which is told t, is the decoder of all T steps.  To train it is
+to lower the error of a guess at the noise, because the bound, which is that of the VAE with a term
+for each latent, is a sum of such errors:
 
-    E[-log p(x_0)]  <=  L_T + Σ_{t=2..T} L_{t-1} + L_0                    Ho (3) and (5)
+    -log p(x_0)  <=  L_T + Σ_{t=2..T} L_{t-1} + L_0                       Ho (3) and (5)
 
     L_T     = KL(q(x_T|x_0) ‖ N(0, I))                       nothing to learn
     L_{t-1} = E_q KL(q(x_{t-1}|x_t, x_0) ‖ p(x_{t-1}|x_t))   two Gaussians: a squared error
     L_0     = E_q[-log p(x_0|x_1)]                           the decoder of the image itself
 
-Everywhere below, x are images (B, C, H, W) in [0, 1], and x0 and xt are on the scale [-1, 1].  A
-time t is an int64 tensor (B,), or an int where it is the same for all images.  It runs from 1 to
-T, as in the paper; t = 0 is the image without noise.
+Outside the network, x are images (B, C, H, W) in [0, 1], and x0 and xt are on the scale [-1, 1].
+A time t is an int64 tensor (B,) in training and an int in sampling, where it is the same for all
+images. It runs from 1 to T, as in the paper; t = 0 is the image without noise.
 """
 
 import copy
@@ -44,12 +44,12 @@ import common
 
 RECIPES = {
     # Ho's loss and the course report's 100 epochs.
-    "paper": {"weighting": "simple", "times": "uniform", "width": 64, "epochs": 100, "lr": 1e-3},
+    "paper": {"weighting": "simple", "t": "uniform", "width": 64, "epochs": 100, "lr": 1e-3},
     # A narrower network in fewer epochs, for a CPU.  It spends its effort where it shows: see
-    # loss_weights and draw_t, at the end of the file.
-    "short": {"weighting": "v", "times": "focused", "width": 32, "epochs": 12, "lr": 4e-3},
+    # draw_t and loss_weights, below the training loop.
+    "short": {"weighting": "v", "t": "focused", "width": 32, "epochs": 12, "lr": 4e-3},
 }
-CHAIN = {
+SETTINGS = {
     "T": 1000,  # Ho, section 4
     "schedule": "linear",  # of β_t; "cosine" is Nichol & Dhariwal's
     "variance": "posterior",  # σ_t² = β̃_t.  "beta" is Ho's other choice, β_t; see section 3.2
@@ -58,10 +58,10 @@ CHAIN = {
     "classes": [],  # their names, if it is
 }
 WARM_UP = 0.02  # share of the run in which the learning rate rises: Adam's first steps are wild
-AVERAGED = 0.05  # sampling uses weights averaged over about this share of the steps taken so far
-STEPS = 50  # network evaluations for a sample: 20 times as fast as all T, and hardly worse
+AVERAGED = 0.05  # sampling uses weights averaged over about this share of the updates so far
+STEPS = 50  # network evaluations per sample: 20 times faster than all T, and almost as good
 
-# Changed code must not go on with weights that the old code trained: checkpoints keep this.
+# Stored in checkpoints, so that changed code cannot go on with weights that old code trained.
 CODE = common.fingerprint(__file__)
 
 
@@ -72,13 +72,14 @@ def make_alpha_bar(schedule, T):
     """The table ᾱ_0 = 1, ᾱ_1 ... ᾱ_T in float64, (T+1,).  ValueError for T < 1.
 
     "linear": β_t rises from 1e-4 to 0.02.  Ho has T = 1000; for another T, all β_t are scaled by
-    1000/T, so that x_T is noise then, too.  "cosine": see cosine_beta.
+    1000/T, so that x_T is still noise (for T > 1).  "cosine": see cosine_beta.
     """
     common.check_range("T", T, 1)
     common.check_choice("schedule", schedule, SCHEDULES)
-    beta = torch.linspace(1e-4, 0.02, T, dtype=torch.float64) * 1000 / T
     if schedule == "cosine":
         beta = cosine_beta(T)
+    else:
+        beta = torch.linspace(1e-4, 0.02, T, dtype=torch.float64) * 1000 / T
     alpha_bar = (1 - beta.clamp(max=0.999)).cumprod(0)  # ᾱ_t = Π_{s=1..t} (1 - β_s)   Ho (4)
     return F.pad(alpha_bar, (1, 0), value=1.0)
 
@@ -94,7 +95,8 @@ class DDPM(nn.Module):
     net: called as net(xt, t) with t (B,), it gives ε_θ(x_t, t), like xt.  It can be anything:
         DDPM(my_transformer)
         DDPM(lambda xt, t: (1 + w) * conditional(xt, t) - w * unconditional(xt, t))
-    schedule: "linear" or "cosine", for T steps; or a table ᾱ_0 ... ᾱ_T that falls from 1.
+    schedule: "linear" or "cosine", for T steps; or a table ᾱ_0 ... ᾱ_T, which falls from 1 and
+    whose length gives T.
     variance: σ_t² of p, "posterior" or "beta" (Ho, section 3.2).
     clip: keep the guess x̂_0 within [-1, 1], as Ho's code does.
     weighting: of the loss over t, "simple" for Ho (14).  shape: (C, H, W) of an image.
@@ -112,10 +114,12 @@ class DDPM(nn.Module):
         shape=(1, 28, 28),
     ):
         super().__init__()
+        common.check_choice("variance", variance, VARIANCES)
         if isinstance(schedule, str):
             schedule = make_alpha_bar(schedule, T)
         self.net = net
-        # The one table.  It stays on the CPU in float64: some devices have no float64.
+        # The one table, from which all else follows.  It stays on the CPU: not all devices have
+        # float64.
         self.alpha_bar = check_alpha_bar(schedule)
         self.T = len(self.alpha_bar) - 1
         self.variance = variance
@@ -139,14 +143,14 @@ class DDPM(nn.Module):
         signal_rate, noise_rate = self.rates(t)
         return signal_rate * x0 + noise_rate * eps  # Ho (4)
 
-    # ---- training: Ho, Algorithm 1
+    # ---- a training step (the loop is train): Ho, Algorithm 1
 
     def loss(self, x0, t=None, eps=None, *more):
-        """The mean over images and pixels of ‖ε - ε_θ(x_t, t)‖², weighted by t: a scalar.
+        """The mean over images and pixels of (ε - ε_θ(x_t, t))², weighted by t: a scalar.
 
-        Ho, Algorithm 1.  Its line 2 is x0 (B, C, H, W).  Unless given, t (B,) is uniform, and eps
-        is Gaussian noise like x0.  For "simple" the weight of every t is 1.  more: what else the
-        network is given, such as labels.
+        Ho, Algorithm 1, for images x0 (B, C, H, W).  Unless they are given, t (B,) is uniform, and
+        eps is Gaussian noise like x0.  With the weighting "simple" every weight is 1, and it is
+        L_simple.  more: further inputs of the network, such as labels.
         """
         if t is None:
             t = torch.randint(1, self.T + 1, (len(x0),), device=x0.device)  # line 3
@@ -164,14 +168,14 @@ class DDPM(nn.Module):
     def sample(self, n, steps=None, eta=1.0, order=1, labels=None, guidance=0.0):
         """n images (n, C, H, W) in [0, 1], by all T steps: Ho, Algorithm 2.
 
-        Beyond the paper: `steps` in 1 ... T takes fewer of them, `order` = 2 makes more of each,
-        and `eta` < 1 adds less noise (see trajectory); `labels` chooses what is drawn (see
-        guided). ValueError for a value out of range.
+        Beyond the paper: `steps` in 1 ... T takes fewer of them (as the command line does),
+        `order` = 2 gets more out of each, `eta` < 1 adds less noise (see trajectory), and `labels`
+        says what to draw (see guided). ValueError for a value out of range.
         """
         common.check_range("n", n, 0)
-        if labels is not None:
+        if labels is not None or guidance:
             return guided(self, labels, guidance).sample(n, steps, eta, order)
-        xt = torch.randn(n, *self.shape, device=self.weight.device)  # line 1
+        xt = torch.randn(n, *self.shape, device=self.signal_rate.device)  # line 1
         if n == 0:
             return xt
         if steps is not None or eta != 1 or order != 1:
@@ -186,8 +190,10 @@ class DDPM(nn.Module):
     def p_mean_variance(self, xt, t, s, x0_hat=None):
         """p(x_s|x_t) = N(mean, variance I): mean like xt, variance a float.  Ho (1)
 
-        It is q(x_s|x_t, x_0) with the guess x̂_0 in the place of x_0.  Unless x̂_0 is clipped, the
-        mean is the one in line 4 of Algorithm 2.  x0_hat: the guess, if it is already known.
+        It is q(x_s|x_t, x_0) with the guess x̂_0 in place of x_0.  Put (15) into (7): of x_t there
+        is of_xt + of_x0/√ᾱ_t = 1/√α_t, and of ε_θ of_x0 √(1-ᾱ_t)/√ᾱ_t = (1-α_t)/(√α_t √(1-ᾱ_t)).
+        So unless x̂_0 is clipped, the mean is that in line 4.  x0_hat: the guess, if it is known
+        already.
         """
         if x0_hat is None:
             x0_hat = self.predict_x0(xt, t)
@@ -197,7 +203,7 @@ class DDPM(nn.Module):
         return mean, variance
 
     def predict_x0(self, xt, t):
-        """The guess x̂_0 at the image, like xt, which the guess ε_θ at the noise implies."""
+        """The guess x̂_0 at the image that the guess ε_θ at the noise implies: like xt."""
         signal_rate, noise_rate = self.rates(t)
         if isinstance(t, int):
             t = torch.full((len(xt),), t, device=xt.device)
@@ -211,8 +217,8 @@ class DDPM(nn.Module):
         """
         alpha_bar_t = self.alpha_bar[t].item()
         alpha_bar_s = self.alpha_bar[s].item()
-        alpha = alpha_bar_t / alpha_bar_s  # α_t
-        beta = 1 - alpha  # β_t
+        alpha = alpha_bar_t / alpha_bar_s  # α_t if s = t-1
+        beta = 1 - alpha
         of_x0 = alpha_bar_s**0.5 * beta / (1 - alpha_bar_t)
         of_xt = alpha**0.5 * (1 - alpha_bar_s) / (1 - alpha_bar_t)
         mean = of_x0 * x0 + of_xt * xt  # μ̃_t   Ho (7)
@@ -226,11 +232,11 @@ class DDPM(nn.Module):
         return choose_times(self.T, steps)
 
     def trajectory(self, xt, times, eta=1.0, order=1):
-        """Samples from xt through times; yields (t, x_t, x̂_0).  See trajectory."""
+        """Samples from xt through times; yields (t, x_t, x̂_0).  See the function below."""
         return trajectory(self, xt, times, eta, order)
 
     def vlb_terms(self, x0, times=None):
-        """All terms of the bound in nats, (B, K+1).  See vlb_terms."""
+        """All terms of the bound in nats, (B, K+1).  See the function below."""
         return vlb_terms(self, x0, times)
 
 
@@ -248,25 +254,25 @@ def to_image(x0):
 
 
 class Block(nn.Module):
-    """Two convolutions with a skip: h (B, cin, H, W), time (B, embed) -> (B, cout, H, W).
+    """Two convolutions with a skip: h (B, cin, H, W), embedding (B, embed) -> (B, cout, H, W).
 
     In between, t scales and shifts each channel (FiLM, Perez et al. 2018).
     """
 
     def __init__(self, cin, cout, embed):
         super().__init__()
-        # GroupNorm, because BatchNorm would mix images of different t.  With one group it takes a
-        # fifth of the time that eight groups take on a CPU.
+        # GroupNorm, because BatchNorm would mix images of different t.  On a CPU, one group takes
+        # a fifth of the time of eight.
         self.norm1 = nn.GroupNorm(1, cin)
         self.conv1 = nn.Conv2d(cin, cout, 3, padding=1)
         self.norm2 = nn.GroupNorm(1, cout)
         self.conv2 = nn.Conv2d(cout, cout, 3, padding=1)
         self.film = nn.Linear(embed, 2 * cout)
         self.skip = nn.Conv2d(cin, cout, 1) if cin != cout else nn.Identity()
-        nn.init.zeros_(self.conv2.weight)  # so that a new block passes its input through
+        nn.init.zeros_(self.conv2.weight)  # a new block is its skip, plus a constant
 
-    def forward(self, h, time):
-        scale, shift = self.film(time)[:, :, None, None].chunk(2, dim=1)
+    def forward(self, h, embedding):
+        scale, shift = self.film(embedding)[:, :, None, None].chunk(2, dim=1)
         y = self.conv1(F.silu(self.norm1(h)))
         y = self.norm2(y) * (1 + scale) + shift
         y = self.conv2(F.silu(y))
@@ -276,7 +282,8 @@ class Block(nn.Module):
 class UNet(nn.Module):
     """A small U-Net: x (B, cin, H, W), t (B,) -> (B, cout, H, W).  It knows nothing of ᾱ_t.
 
-    With classes > 0 it is also told a label (B,) in 0 ... classes, the last for "not said".
+    With classes > 0 it is also told a label (B,) in 0 ... classes, where the last means "no
+    label".
 
     It has `width` channels at half the resolution and twice as many at a quarter, 14×14 and 7×7
     for a digit.  The full resolution would cost most of the time, so 2×2 pixels are folded into
@@ -289,7 +296,7 @@ class UNet(nn.Module):
         self.classes = classes
         embed = 128
         layers = [nn.Linear(2 * width, embed), nn.SiLU(), nn.Linear(embed, embed), nn.SiLU()]
-        self.time = nn.Sequential(*layers)
+        self.embed_t = nn.Sequential(*layers)
         self.conv_in = nn.Conv2d(4 * cin, width, 3, padding=1)
         self.block_in = Block(width, width, embed)
         self.down = nn.Conv2d(width, 2 * width, 3, stride=2, padding=1)
@@ -299,7 +306,7 @@ class UNet(nn.Module):
         self.block_out = Block(width, width, embed)
         self.norm_out = nn.GroupNorm(1, width)
         self.conv_out = nn.Conv2d(width, 4 * cout, 3, padding=1)
-        nn.init.zeros_(self.conv_out.weight)  # a new network gives a constant
+        nn.init.zeros_(self.conv_out.weight)  # an untrained network outputs a constant
         if classes:
             self.label = nn.Embedding(classes + 1, embed)
 
@@ -309,33 +316,37 @@ class UNet(nn.Module):
         # sin and cos of t 10000^(-i/width), i = 0 ... width-1: Vaswani et al. 2017, section 3.5
         i = torch.arange(self.width, device=t.device)
         angle = t[:, None] * torch.exp(-math.log(10000) * i / self.width)  # (B, width)
-        time = self.time(torch.cat([angle.sin(), angle.cos()], dim=1))  # (B, embed)
+        embedding = self.embed_t(torch.cat([angle.sin(), angle.cos()], dim=1))  # (B, embed)
         if self.classes:
-            time = time + self.label(torch.full_like(t, self.classes) if labels is None else
-            labels)
+            labels = torch.full_like(t, self.classes) if labels is None else labels
+            embedding = embedding + self.label(labels)
+        elif labels is not None:
+            raise ValueError("this network was trained without labels")
         h = F.pixel_unshuffle(x, 2)  # (B, 4 cin, H/2, W/2)
         h = h.contiguous(memory_format=torch.channels_last)  # the layout of fast convolutions
         h = self.conv_in(h)  # (B, width, H/2, W/2)
-        skip = self.block_in(h, time)
+        skip = self.block_in(h, embedding)
         h = self.down(skip)  # (B, 2 width, H/4, W/4)
         for block in self.mid:
-            h = block(h, time)
+            h = block(h, embedding)
         h = self.up(F.interpolate(h, scale_factor=2))  # (B, width, H/2, W/2)
-        h = self.block_join(torch.cat([h, skip], dim=1), time)
-        h = self.block_out(h, time)
+        h = self.block_join(torch.cat([h, skip], dim=1), embedding)
+        h = self.block_out(h, embedding)
         h = self.conv_out(F.silu(self.norm_out(h)))  # (B, 4 cout, H/2, W/2)
         return F.pixel_shuffle(h, 2)  # (B, cout, H, W)
 
 
 class Preconditioned(nn.Module):
-    """ε_θ(x_t, t) from a plain network whose task is made easier on both sides of it.
+    """ε_θ(x_t, t) from a plain network, whose input and output make its task easier.
 
     Karras et al. 2022 call this preconditioning.  net: 3C channels in, C out, as UNet.
 
     Input: beside x_t, what ε would be if the pixel were black (x_0 = -1), and if it were white
-    (1). Most pixels of a digit are one or the other.  Near these ε grows with x_t by 1/√(1-ᾱ_t),
-    which is 100 at t = 1 and hard to learn: without the two planes, black comes out not quite
-    black. Output: v = √ᾱ_t ε - √(1-ᾱ_t) x_0 (Salimans & Ho 2022).  At large t, x_t is nearly ε
+    (1). Most pixels of a digit are one or the other.  Near these, ε as a function of x_t has the
+    slope 1/√(1-ᾱ_t), which is 100 at t = 1 and hard to learn.  Without the two extra inputs, black
+    comes out not quite black.
+
+    Output: v = √ᾱ_t ε - √(1-ᾱ_t) x_0 (Salimans & Ho 2022).  At large t, x_t is nearly ε
     itself, and v is what is left to learn.  With x_t = √ᾱ_t x_0 + √(1-ᾱ_t) ε, Ho (4), x_0 cancels
     in √(1-ᾱ_t) x_t + √ᾱ_t v = (1-ᾱ_t) ε + ᾱ_t ε = ε, so a guess at v is a guess at ε.
     """
@@ -376,7 +387,7 @@ def build(settings):
 def get_lr(done, peak):
     """The learning rate when a share `done` in (0, 1) of the run is over: up, then half a cosine.
 
-    It ends at 0, because the last steps then average over the noise of the batches.
+    It falls to 0, so that the last steps average out the noise of the batches.
     """
     warm_up = min(1, done / WARM_UP)
     decay = 0.5 * (1 + math.cos(math.pi * done))
@@ -386,8 +397,9 @@ def get_lr(done, peak):
 def update_average(average, model, step):
     """Moves the averaged weights towards the model's after update `step` = 0, 1, 2, ...
 
-    The share 1 / (1 + 0.05 step) makes it an average over about the last twentieth of the steps so
-    far.  Ho's constant share, 0.0001, would remember the random start for the first 10,000 steps.
+    The share 1 / (1 + AVERAGED step) makes it an average over about the last twentieth of the
+    steps so far.  Ho's constant share, 0.0001, would remember the random start for the first
+    10,000 steps.
     """
     share = 1 / (1 + AVERAGED * step)
     averages = list(average.parameters())
@@ -429,39 +441,40 @@ def train(args, device, watch=None):
 
     N = len(x_train)
     B = min(settings.batch_size, N)
-    steps = N // B  # an epoch leaves out the N % B images for which no batch is left
+    updates = N // B  # of an epoch, which leaves out the N % B images that do not fill a batch
     seconds = history[-1]["seconds"] if history else 0.0
-    objective = f"weighting {settings.weighting}, {settings.times} t"
-    common.log(f"recipe {settings.recipe}: {objective} (Ho's L_simple is --recipe paper)")
-    common.log({"DDPM on": device, "steps an epoch": steps, **vars(settings)})
-    bar = common.progress(total=steps * settings.epochs, initial=steps * len(history))
+    simple = settings.weighting == "simple" and settings.t == "uniform"
+    objective = "Ho's L_simple" if simple else "not Ho's L_simple, which is --recipe paper"
+    common.log(f"recipe {settings.recipe}: its loss is {objective}")
+    common.log({"DDPM on": device, "updates an epoch": updates, **vars(settings)})
+    bar = common.progress(total=updates * settings.epochs, initial=updates * len(history))
     for epoch in range(len(history) + 1, settings.epochs + 1):
         started = time.perf_counter()
         total = torch.zeros((), device=device)
-        # Each epoch has a seed of its own, so that a run that was stopped draws the same numbers.
+        # Each epoch is seeded by itself, so that a run that was stopped draws the same numbers.
         torch.manual_seed(10**6 * settings.seed + epoch)
-        order = torch.randperm(N, device=device)[: steps * B].view(steps, B)
-        for step, batch in enumerate(common.share(order), start=steps * (epoch - 1)):  # line 1
-            done = (step + 0.5) / (steps * settings.epochs)
+        order = torch.randperm(N, device=device)[: updates * B].view(updates, B)
+        for step, batch in enumerate(common.share(order), start=updates * (epoch - 1)):  # line 1
+            done = (step + 0.5) / (updates * settings.epochs)
             optimizer.param_groups[0]["lr"] = get_lr(done, settings.lr)
 
             x0 = to_model(x_train[batch] / 255)  # line 2: (B, C, H, W) in [-1, 1]
-            t = draw_t(len(x0), settings.T, settings.times, device)  # line 3: (B,) in 1 ... T
+            t = draw_t(len(x0), settings.T, settings.t, device)  # line 3: (B,) in 1 ... T
             eps = torch.randn_like(x0)  # line 4
             more = [some_labels(y_train[batch], settings)] if settings.labels else []
             with common.autocast(device, settings.precision):
-                loss = wrapped(x0, t, eps, *more)  # line 5: DDPM.loss
+                loss = wrapped(x0, t, eps, *more)  # of line 5: DDPM.loss
 
             optimizer.zero_grad()
             loss.backward()
-            optimizer.step()
+            optimizer.step()  # line 5, by Adam
             update_average(average, model, step)
             total += loss.detach()
             bar.update()
             if step % 50 == 0:
                 bar.set_description(f"DDPM, epoch {epoch}, loss {loss.item():.4g}", refresh=False)
 
-        row = {"epoch": epoch, "train_loss": total.item() / steps}
+        row = {"epoch": epoch, "train_loss": total.item() / updates}
         seconds += time.perf_counter() - started
         test_loss = evaluate(average, x_test, settings.seed, settings.precision)
         row |= {"test_loss": test_loss, "seconds": seconds}
@@ -478,7 +491,10 @@ def train(args, device, watch=None):
 
 @torch.no_grad()
 def evaluate(model, images, seed, precision=None):
-    """The loss on all images, uint8 (N, C, H, W), with uniform t; t and ε depend on seed alone."""
+    """The loss on all images, uint8 (N, C, H, W), with uniform t and without labels.
+
+    t and ε depend on the seed alone.
+    """
     total = 0
     torch.manual_seed(seed)
     with common.autocast(images.device, precision):
@@ -490,7 +506,7 @@ def evaluate(model, images, seed, precision=None):
 # ---- beyond the paper: other schedules, how training draws t, and what each t weighs
 
 SCHEDULES = ("linear", "cosine")
-TIMES = ("uniform", "focused")
+WAYS = ("uniform", "focused")  # to draw t
 WEIGHTINGS = ("simple", "bound", "mu", "x0", "v")
 VARIANCES = ("posterior", "beta")
 
@@ -499,20 +515,20 @@ def cosine_beta(T):
     """β_1 ... β_T of Nichol & Dhariwal 2021, equation (17), (T,) float64."""
     t = torch.arange(T + 1, dtype=torch.float64)
     f = torch.cos((t / T + 0.008) / 1.008 * math.pi / 2) ** 2
-    return (1 - f[1:] / f[:-1]).clamp(max=0.999)
+    return 1 - f[1:] / f[:-1]
 
 
-def draw_t(n, T, times="uniform", device="cpu"):
+def draw_t(n, T, way="uniform", device="cpu"):
     """The times at which n images are trained, (n,) int64 in 1 ... T.
 
     "uniform": Ho, Algorithm 1, line 3.
     "focused": three quarters are T sigmoid(u/2 - 0.6) with u ~ N(0, 1).  Half of these lie between
     0.28 T and 0.43 T, where a digit takes its shape (after Esser et al. 2024, section 3.1).  The
-    others are (T+1)^u with u ~ U(0, 1), because most bits are paid at the smallest t.
-    ValueError for other `times`.
+    others are (T+1)^u with u ~ U(0, 1), because most bits are spent at the smallest t.
+    ValueError for another way.
     """
-    common.check_choice("times", times, TIMES)
-    if times == "uniform":
+    common.check_choice("way", way, WAYS)
+    if way == "uniform":
         return torch.randint(1, T + 1, (n,), device=device)
     middle = (T * torch.sigmoid(torch.randn(n, device=device) / 2 - 0.6)).ceil()
     fine = ((T + 1) ** torch.rand(n, device=device)).floor()
@@ -525,11 +541,10 @@ def loss_weights(alpha_bar, weighting, variance="posterior"):
 
     Given x_t, a guess at ε is also one at μ̃_t, at x_0 and at v.  Their errors are that of ε times
     a factor that depends on t alone, so what the loss measures is a choice of weights (Kingma &
-    Gao 2023, section 2): "bound" is L_{t-1} itself, "mu" ‖μ̃_t - μ_θ‖², "x0" ‖x_0 - x̂_0‖² and
-    "v" ‖v - v_θ‖² with v = √ᾱ_t ε - √(1-ᾱ_t) x_0.  ValueError for another name.
+    Gao 2023, section 2): "bound" is L_{t-1} without its constant, "mu" ‖μ̃_t - μ_θ‖², "x0" ‖x_0 -
+    x̂_0‖² and "v" ‖v - v_θ‖² with v = √ᾱ_t ε - √(1-ᾱ_t) x_0.  ValueError for another name.
     """
     common.check_choice("weighting", weighting, WEIGHTINGS)
-    common.check_choice("variance", variance, VARIANCES)
     now = alpha_bar[1:]  # ᾱ_t
     before = alpha_bar[:-1]  # ᾱ_{t-1}
     alpha = now / before
@@ -573,7 +588,7 @@ def choose_times(T, steps=None):
     """The times that a sampler visits, T ... 0: steps+1 falling ints.  None: all T+1.
 
     They lie closer together at small t, where the last gray disappears: T (i/steps)^1.5, rounded,
-    no two alike.  ValueError unless steps is in 1 ... T.
+    all distinct.  ValueError unless steps is in 1 ... T.
     """
     steps = T if steps is None else steps
     common.check_range("steps", steps, 1, T)
@@ -585,11 +600,12 @@ def trajectory(model, xt, times, eta=1.0, order=1):
     """A sampler that visits falling `times`: yields (t, x_t, x̂_0) before each step.
 
     xt (B, C, H, W) is x_t at the first of times.  If the last of times is 0, it ends with
-    (0, x_0, x_0).  A step is Ho's, q(x_s|x_t, x_0) with x̂_0 for x_0.
-    eta: the noise of a step has variance η² β̃.  1 is Ho's, 0 adds none: DDIM (Song et al. 2021).
-    order: 2 extrapolates the guess x̂_0 from the step before to the middle of this step, on the
-    scale of λ_t: DPM-Solver++(2M) (Lu et al. 2022).  The first step has none before it, and in the
-    last λ_s is infinite.  ValueError for another eta or order.
+    (0, x_0, x_0).  A step is Ho's: a draw from p(x_s|x_t), which is q(x_s|x_t, x_0) at x̂_0.
+    eta: 1 is Ho's.  Less is noise of variance η² β̃, and 0 adds none: DDIM (Song et al. 2021).
+    order: 2 replaces the guess at t by one for the middle of the step, extrapolated from the guess
+    of the step before.  With eta = 0 it is DPM-Solver++(2M), with eta = 1 its SDE form (Lu et al.
+    2022).  The first step has none before it, and in the last λ_s is infinite.  ValueError for
+    another eta or order.
     """
     common.check_range("eta", eta, 0, 1)
     common.check_choice("order", order, (1, 2))
@@ -601,10 +617,11 @@ def trajectory(model, xt, times, eta=1.0, order=1):
         if order == 2 and i > 0 and s > 0:
             before = log_ratio(model, times[i - 1])
             now = log_ratio(model, t)
-            steps = (log_ratio(model, s) - now) / (now - before)  # this step, in those of before
-            guess = x0_hat + steps / 2 * (x0_hat - x0_before)
-        mean, variance = model.p_mean_variance(xt, t, s, guess)
-        if eta != 1:
+            ratio = (log_ratio(model, s) - now) / (now - before)  # of this step to the one before
+            guess = x0_hat + ratio / 2 * (x0_hat - x0_before)
+        if eta == 1:
+            mean, variance = model.p_mean_variance(xt, t, s, guess)
+        else:
             mean, variance = ddim_mean_variance(model, guess, xt, t, s, eta)
         z = torch.randn_like(xt) if s > 0 else 0
         xt = mean + variance**0.5 * z
@@ -621,8 +638,8 @@ def log_ratio(model, t):
 def ddim_mean_variance(model, x0_hat, xt, t, s, eta):
     """The step with noise of variance η² β̃: mean like xt, variance a float.
 
-    It makes up for the smaller noise with more of the noise ε̂ that x_t has already, so that x_s
-    has as much noise as before.  eta = 1 is q_posterior.  Song et al. 2021, (12) and (16)
+    More of the noise ε̂ that x_t already has replaces what is missing, so that x_s has as much
+    noise as ever.  eta = 1 is q_posterior.  Song et al. 2021, (12) and (16)
     """
     _, beta_tilde = model.q_posterior(x0_hat, xt, t, s)
     variance = eta**2 * beta_tilde
@@ -637,21 +654,23 @@ def ddim_mean_variance(model, x0_hat, xt, t, s, eta):
 
 
 def some_labels(labels, settings):
-    """The labels of a batch (B,), one in ten of them "not said".  Ho & Salimans 2022, algorithm 1
+    """Labels (B,), one in ten of them replaced by "no label".  Ho & Salimans 2022, algorithm 1
 
     So one network learns to guess the noise with a label and without.
     """
-    unsaid = torch.rand(len(labels), device=labels.device) < 0.1
-    return torch.where(unsaid, len(settings.classes), labels)
+    left_out = torch.rand(len(labels), device=labels.device) < 0.1
+    return torch.where(left_out, len(settings.classes), labels)
 
 
 def guided(model, labels, guidance=0.0):
     """A DDPM that draws images of these labels, an int or (n,).  Ho & Salimans 2022, equation 6
 
     Its ε_θ is (1+w) ε_θ(x_t, t, label) - w ε_θ(x_t, t) with w = guidance.  With 0 it draws a class
-    as it is.  More draws what looks least like any other class, so the images are clearer and more
-    alike.
+    as it is.  A larger w draws what looks least like any other class: clearer images, less
+    variety. ValueError for guidance without labels.
     """
+    if labels is None:
+        raise ValueError("guidance goes from no label to a label: give labels, too")
 
     def eps(xt, t):
         label = torch.as_tensor(labels, device=xt.device).expand(len(xt))
@@ -671,7 +690,8 @@ def log_discretized_normal(x0, mean, sigma):
     """log P(x0) of 8-bit pixels, (B,) nats: a level has the normal's mass within half a level.
 
     x0 (B, C, H, W) in {-1, -1 + 2/255, ..., 1}; mean like x0; sigma > 0, a number or a tensor.
-    The levels -1 and 1 have the tails, too, so that the 256 probabilities sum to 1.  Ho (13)
+    The
+    end levels also get the tails, so that the 256 probabilities sum to 1.  Ho (13)
     """
     level = ((x0.cpu().double() + 1) * 127.5).round()  # 0 ... 255
     mean = mean.cpu().double()
@@ -717,13 +737,16 @@ def kl_of_step(model, t, s, error, variance=None):
 @torch.no_grad()
 def first_term(model, x0, times):
     """L_0 = -log p(x_0|x_t) in nats, (B,), for the smallest time t; x0 holds 8-bit levels."""
-    *_, u, t, _ = [None, *times]
+    t = times[-2]
     xt = model.q_sample(x0, t, torch.randn_like(x0))
     mean, variance = model.p_mean_variance(xt, t, 0)
     if variance == 0:
-        # β̃_1 = 0 would be a decoder without doubt: Ho's code takes β̃_2 as σ_1².  This is the
-        # only place that needs it, because a sampler adds no noise in its last step.
-        _, variance = model.q_posterior(0.0, 0.0, u, t) if u else (0.0, model.rates(t)[1] ** 2)
+        # β̃_1 = 0 would be a decoder with no uncertainty, and Ho's code has σ_1² = β̃_2.  A
+        # sampler does without, because it adds no noise in its last step.
+        if len(times) > 2:
+            _, variance = model.q_posterior(0.0, 0.0, times[-3], t)
+        else:
+            variance = 1 - model.alpha_bar[t].item()  # a single step has only β_1
     return -log_discretized_normal(x0, mean, variance**0.5)  # Ho (13)
 
 
@@ -745,7 +768,7 @@ def vlb_terms(model, x0, times=None):
     """
     times = model.times() if times is None else list(times)
     columns = [first_term(model, x0, times)]
-    pairs = list(itertools.pairwise(times))[:-1]  # but for the last, from x_1 to x_0
+    pairs = list(itertools.pairwise(times))[:-1]  # all but the last, from x_1 to x_0
     for t, s in common.progress(pairs[::-1], "bound"):
         columns.append(kl_of_step(model, t, s, x0_error(model, x0, t)))
     columns.append(last_term(model, x0, times))
@@ -769,10 +792,11 @@ def sample_many(model, n, steps=None, eta=1.0, labels=None, guidance=0.0):
 def draw_samples(model, n, args, device, path):
     """n samples in the picture `path`, the same at every call with the same seed.
 
-    Where the network knows labels, they are of --digit, or else each class has a row of its own.
+    With labels, all are of --digit, or else each class fills a row (n is rounded up).
     """
     torch.manual_seed(model.settings["seed"] if args.seed is None else args.seed)
     labels, columns = common.labels_to_draw(model.settings["classes"], args.digit, n)
+    n = n if labels is None else len(labels)
     with common.autocast(device, args.precision):
         x = sample_many(model, n, args.steps, args.eta, labels, args.guidance)
     title = f"DDPM, {common.title(model.settings)}: {n} samples"
@@ -815,7 +839,7 @@ def draw(model, history, args, device):
     rows = {label: x[first::5] for label, x in panels.items()}
     common.plot_rows(rows, out / "ddpm_trajectory.png", title, labels[first::5])
 
-    drawn = f"training, {model.settings['times']} t"
+    drawn = f"training, {model.settings['t']} t"
     curves = {drawn: "train_loss", "test, averaged weights": "test_loss"}
     ylabel = f"loss ({model.settings['weighting']}), mean over pixels"
     common.plot_curves(history, curves, out / "ddpm_loss.png", name, ylabel)
@@ -827,16 +851,16 @@ def draw(model, history, args, device):
 def defaults(args, device):
     """The settings of a new run, where no flag says otherwise."""
     recipe = args.recipe or ("paper" if device.type == "cuda" else "short")
-    return common.defaults(device) | CHAIN | {"recipe": recipe} | RECIPES[recipe]
+    return common.defaults(device) | SETTINGS | {"recipe": recipe} | RECIPES[recipe]
 
 
 def check_sampling(args, settings):
     """InputError where a model of these settings cannot be sampled as args say."""
     T = settings["T"]
     if args.steps and args.steps > T:
-        raise common.InputError(f"--steps {args.steps} is more than T = {T}, all that there are")
+        raise common.InputError(f"--steps {args.steps} exceeds T = {T}")
     if (args.digit or args.guidance) and not (args.sample and settings["labels"]):
-        raise common.InputError("--digit and --guidance go with --sample, of a run with --labels")
+        raise common.InputError("--digit and --guidance need --sample and a run with --labels")
 
 
 def load(path, device="cpu"):

@@ -32,14 +32,14 @@ import common
 SETTINGS = {
     "latent_dim": 2,  # small enough to draw a map of the latents
     "likelihood": "bernoulli",  # p(x|z); "gaussian" is the other one
-    "kl_weight": 1.0,  # of the KL in the loss.  Only with 1 is the loss -ELBO
+    "kl_weight": 1.0,  # of the KL in the loss.  The loss is -ELBO only at 1
     "epochs": 100,  # as many as the course report that this repository redoes
     "batch_size": 256,
     "lr": 1e-3,  # at the start; it falls to 0 along half a cosine
 }
 LIKELIHOODS = ("bernoulli", "gaussian")
 
-# Changed code must not go on with weights that the old code trained: checkpoints keep this.
+# Stored in checkpoints, so that changed code cannot go on with weights that old code trained.
 CODE = common.fingerprint(__file__)
 
 
@@ -58,7 +58,7 @@ def log_bernoulli(x, logits):
     """log Π_i y_i^x_i (1 - y_i)^(1 - x_i) with y = sigmoid(logits), in nats: (..., D) -> (...).
 
     It is a likelihood of x in {0, 1}.  For gray x it is a customary score: its "probabilities" of
-    the 256 levels do not sum to 1, so its nats cannot be held against another model's.
+    the 256 levels do not sum to 1, so its nats cannot be compared with another model's.
     """
     x = x.expand_as(logits)
     nats = F.binary_cross_entropy_with_logits(logits, x, reduction="none")
@@ -78,8 +78,8 @@ class VAE(nn.Module):
     """An encoder and a decoder, each an MLP of three layers.
 
     latent_dim: the size of z.  likelihood: "bernoulli", where the decoder gives each pixel's
-    probability of white, or "gaussian", where it gives its mean.  shape: (C, H, W) of an image.
-    ValueError for any other value.
+    probability of white, or "gaussian", where it gives each pixel's mean.  shape: (C, H, W) of an
+    image. ValueError for any other value.
     """
 
     def __init__(self, latent_dim=2, likelihood="bernoulli", shape=(1, 28, 28)):
@@ -95,13 +95,12 @@ class VAE(nn.Module):
         self.encoder = nn.Sequential(*down, nn.Linear(256, 2 * latent_dim))
         self.decoder = nn.Sequential(*up, nn.Linear(512, D))
         if likelihood == "gaussian":
-            # log σ² of p(x|z), one number for all pixels, learned with the rest (Rybkin et al.
-            # 2021).  It starts at σ = 0.37, the spread of pixels around a gray mean.
+            # log σ² of p(x|z), one number for all pixels, is learned (Rybkin et al. 2021).
             self.logvar_x = nn.Parameter(torch.tensor(-2.0))
 
     def encode(self, x):
         """q(z|x) = N(mu, σ²), σ² = exp(logvar): x (B, C, H, W) -> mu, logvar, (B, latent_dim)."""
-        h = self.encoder(x.flatten(1)).to(x.dtype)  # (B, 2 latent_dim)
+        h = self.encoder(x.flatten(1)).to(x.dtype)  # (B, 2 latent_dim), out of autocast's bfloat16
         mu, logvar = h.chunk(2, dim=-1)  # KW (9)
         return mu, logvar
 
@@ -133,7 +132,8 @@ class VAE(nn.Module):
     def forward(self, x):
         """The ELBO's two terms by one draw of z: x (B, C, H, W) -> reconstruction, kl, (B,) nats.
 
-        One draw an image is enough for training, where the batch averages (KW, section 2.3).
+        One draw per image is enough for training, because the batch averages, too (KW, section
+        2.3).
         """
         mu, logvar = self.encode(x)
         z = self.reparameterize(mu, logvar)
@@ -153,7 +153,7 @@ class VAE(nn.Module):
         """The ELBO's two terms by L = samples draws of z: estimator B.  KW (5) and (7)
 
         x (B, C, H, W) -> reconstruction, kl, each (B,) in nats.  The first is the mean of L
-        log-likelihoods.  (The likelihood of the mean of L latents would be something else.)
+        log-likelihoods.
         eps: the noise of the draws, (samples, B, latent_dim).  ValueError for samples < 1.
         """
         common.check_range("samples", samples, 1)
@@ -188,7 +188,7 @@ def build(settings):
 def get_lr(done, peak):
     """The learning rate when a share `done` in (0, 1) of the run is over: half a cosine.
 
-    It ends at 0, because the last steps then average over the noise of the batches.
+    It falls to 0, so that the last steps average out the noise of the batches.
     """
     return peak * 0.5 * (1 + math.cos(math.pi * done))
 
@@ -220,24 +220,24 @@ def train(args, device, watch=None):
 
     N = len(x_train)
     B = min(settings.batch_size, N)
-    steps = N // B  # an epoch leaves out the N % B images for which no batch is left
+    updates = N // B  # of an epoch, which leaves out the N % B images that do not fill a batch
     seconds = history[-1]["seconds"] if history else 0.0
-    common.log({"VAE on": device, "steps an epoch": steps, **vars(settings)})
-    bar = common.progress(total=steps * settings.epochs, initial=steps * len(history))
+    common.log({"VAE on": device, "updates an epoch": updates, **vars(settings)})
+    bar = common.progress(total=updates * settings.epochs, initial=updates * len(history))
     for epoch in range(len(history) + 1, settings.epochs + 1):
         started = time.perf_counter()
         total = torch.zeros(2, device=device)
-        # Each epoch has a seed of its own, so that a run that was stopped draws the same numbers.
+        # Each epoch is seeded by itself, so that a run that was stopped draws the same numbers.
         torch.manual_seed(10**6 * settings.seed + epoch)
-        order = torch.randperm(N, device=device)[: steps * B].view(steps, B)
-        for step, batch in enumerate(common.share(order), start=steps * (epoch - 1)):
-            done = (step + 0.5) / (steps * settings.epochs)
+        order = torch.randperm(N, device=device)[: updates * B].view(updates, B)
+        for step, batch in enumerate(common.share(order), start=updates * (epoch - 1)):
+            done = (step + 0.5) / (updates * settings.epochs)
             optimizer.param_groups[0]["lr"] = get_lr(done, settings.lr)
 
             x = x_train[batch] / 255  # (B, C, H, W) in [0, 1]
             with common.autocast(device, settings.precision):
                 reconstruction, kl = wrapped(x)  # (B,) nats each
-            # -ELBO, if the weight is 1: the mean over the batch of what is a sum in KW (8)
+            # -ELBO if the weight is 1, which is -1/N times KW (8)
             loss = (settings.kl_weight * kl - reconstruction).mean()
 
             optimizer.zero_grad()
@@ -248,7 +248,7 @@ def train(args, device, watch=None):
             if step % 50 == 0:
                 bar.set_description(f"VAE, epoch {epoch}, loss {loss.item():.4g}", refresh=False)
 
-        train_reconstruction, train_kl = (total / steps).tolist()
+        train_reconstruction, train_kl = (total / updates).tolist()
         seconds += time.perf_counter() - started
         test_reconstruction, test_kl = evaluate(model, x_test, settings.seed)
         row = {
@@ -333,7 +333,7 @@ def parse(argv):
     add = parser.add_argument
     add("--latent-dim", type=common.number(int, 1, 512), help="size of z (2)")
     add("--likelihood", choices=LIKELIHOODS, help="p(x|z) (bernoulli)")
-    add("--kl-weight", type=common.number(float, 0, 1000), help="of the KL in the loss (1)")
+    add("--kl-weight", type=common.number(float, 0, 1000), help="weight of the KL in the loss (1)")
     return parser.parse_args(argv)
 
 

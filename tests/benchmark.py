@@ -68,7 +68,7 @@ def best(device, backward):
 def jobs(device):
     """(name, images a step, model, its loss of as many) of each model."""
     for recipe, options in ddpm.RECIPES.items():
-        settings = common.defaults(device) | ddpm.CHAIN | options | {"shape": (1, 28, 28)}
+        settings = common.defaults(device) | ddpm.SETTINGS | options | {"shape": (1, 28, 28)}
         model = ddpm.build(settings).to(device)
         B = settings["batch_size"]
         x0 = torch.rand(B, 1, 28, 28, device=device)

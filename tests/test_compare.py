@@ -482,7 +482,7 @@ def flags(out, folder, *more):
 def small():
     """Everything real but the sizes, and a chain of 60 steps."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(ddpm.CHAIN, "T", 60)
+        patch.setitem(ddpm.SETTINGS, "T", 60)
         patch.setitem(ddpm.RECIPES["short"], "width", 8)
         patch.setitem(compare.BITS_OF, "cpu", 12)
         patch.setattr(compare, "CURVE", 60)

@@ -821,7 +821,7 @@ NOISE = torch.randn(1, 1, 32, 32)
             lambda m: DDPM(None, weighting="l1"),
             "weighting .*simple, bound, mu, x0, v, not 'l1'",
         ),
-        (lambda m: ddpm.draw_t(3, 10, "early"), "times .*uniform, focused, not 'early'"),
+        (lambda m: ddpm.draw_t(3, 10, "early"), "way .*uniform, focused, not 'early'"),
     ],
 )
 def test_a_wrong_value_is_named_with_its_range(call, words):
@@ -961,11 +961,11 @@ def test_training_is_algorithm_1(digits, tmp_path, recipe, times):
     assert all(torch.equal(p, saved["ema"][name]) for name, p in result.named_parameters())
 
 
-SHORT = {"recipe": "short", "weighting": "v", "times": "focused", "width": 32, "epochs": 12}
+SHORT = {"recipe": "short", "weighting": "v", "t": "focused", "width": 32, "epochs": 12}
 SHORT |= {"lr": 4e-3, "T": 1000, "schedule": "linear", "variance": "posterior", "batch_size": 64}
 SHORT |= {"data": "mnist", "size": 32, "seed": 0, "limit": None, "pictures": None}
 SHORT |= {"precision": "float32", "shape": [1, 28, 28]}
-PAPER = SHORT | {"recipe": "paper", "weighting": "simple", "times": "uniform"}
+PAPER = SHORT | {"recipe": "paper", "weighting": "simple", "t": "uniform"}
 PAPER |= {"width": 64, "epochs": 100, "lr": 1e-3}
 OTHER = {"weighting": "bound", "width": 4, "epochs": 7, "lr": 0.5, "T": 30, "batch_size": 5}
 OTHER |= {"schedule": "cosine", "seed": 9, "limit": 77, "precision": "bfloat16"}
@@ -1024,10 +1024,13 @@ def test_the_paper_is_the_recipe_of_a_gpu(monkeypatch, kind, recipe):
 
 
 def test_the_first_line_says_what_is_minimized(digits, tmp_path, capsys):
-    train(digits, tmp_path, "--limit 16 --epochs 1 --recipe short")
-    first, second, *_ = capsys.readouterr().out.splitlines()
-    assert first == "recipe short: weighting v, focused t (Ho's L_simple is --recipe paper)"
-    assert second.startswith("DDPM on cpu  steps an epoch 1  ")
+    short = "recipe short: its loss is not Ho's L_simple, which is --recipe paper"
+    paper = "recipe paper: its loss is Ho's L_simple"
+    for recipe, said in ("short", short), ("paper", paper):
+        train(digits, tmp_path / recipe, f"--limit 16 --epochs 1 --recipe {recipe}")
+        first, second, *_ = capsys.readouterr().out.splitlines()
+        assert first == said
+        assert second.startswith("DDPM on cpu  updates an epoch 1  ")
 
 
 def test_a_batch_is_at_most_the_data_and_watch_adds_a_column(digits, tmp_path):
@@ -1174,7 +1177,7 @@ def test_sample_draws_from_the_checkpoint(finished, monkeypatch):
 
 
 def test_more_steps_than_there_are_is_one_line(finished, digits, tmp_path):
-    words = "--steps 9 is more than T = 8"
+    words = "--steps 9 exceeds T = 8"
     with pytest.raises(common.InputError, match=words):
         ddpm.main(f"--out {finished.parent} --device cpu --sample 12 --steps 9".split())
     with pytest.raises(common.InputError, match=words):
