@@ -247,7 +247,9 @@ def _folder_names(folder, out):
 
 
 def class_names(settings, args):
-    """The names of the labels 0, 1, ... of a run's images.  InputError if they have none."""
+    """The names of a run's labels 0, 1, ..., if any.  InputError if its images have none."""
+    if not settings.labels:
+        return []
     if settings.data in SETS:
         return [str(label) for label in range(10)]
     names = _folder_names(settings.data, args.out)

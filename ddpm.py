@@ -61,10 +61,6 @@ WARM_UP = 0.02  # share of the run in which the learning rate rises: Adam's firs
 AVERAGED = 0.05  # sampling uses weights averaged over about this share of the updates so far
 STEPS = 50  # network evaluations per sample: 20 times faster than all T, and almost as good
 
-# Stored in checkpoints, so that changed code cannot go on with weights that old code trained.
-CODE = common.fingerprint(__file__)
-
-
 # ---- the forward process q
 
 
@@ -165,22 +161,16 @@ class DDPM(nn.Module):
     # ---- sampling from t to s = t-1, though all of it holds for any s < t: Ho, Algorithm 2
 
     @torch.no_grad()
-    def sample(self, n, steps=None, eta=1.0, order=1, labels=None, guidance=0.0):
+    def sample(self, n, steps=None, eta=1.0, **more):
         """n images (n, C, H, W) in [0, 1], by all T steps: Ho, Algorithm 2.
 
-        Beyond the paper: `steps` in 1 ... T takes fewer of them (as the command line does),
-        `order` = 2 gets more out of each, `eta` < 1 adds less noise (see trajectory), and `labels`
-        says what to draw (see guided). ValueError for a value out of range.
+        Beyond the paper, fewer `steps` (as on the command line), less noise with `eta` < 1, and
+        more: see sample_beyond.  ValueError for a value out of range.
         """
         common.check_range("n", n, 0)
-        if labels is not None or guidance:
-            return guided(self, labels, guidance).sample(n, steps, eta, order)
+        if n == 0 or steps is not None or eta != 1 or more:
+            return sample_beyond(self, n, steps, eta, **more)
         xt = torch.randn(n, *self.shape, device=self.signal_rate.device)  # line 1
-        if n == 0:
-            return xt
-        if steps is not None or eta != 1 or order != 1:
-            *_, (_, x0, _) = self.trajectory(xt, self.times(steps), eta, order)
-            return to_image(x0)
         for t in range(self.T, 0, -1):  # line 2
             mean, variance = self.p_mean_variance(xt, t, t - 1)
             z = torch.randn_like(xt) if t > 1 else 0  # line 3
@@ -290,10 +280,9 @@ class UNet(nn.Module):
     channels. ValueError unless H and W are multiples of 4.
     """
 
-    def __init__(self, cin=1, cout=1, width=64, classes=0):
+    def __init__(self, cin=1, cout=1, width=64):
         super().__init__()
         self.width = width
-        self.classes = classes
         embed = 128
         layers = [nn.Linear(2 * width, embed), nn.SiLU(), nn.Linear(embed, embed), nn.SiLU()]
         self.embed_t = nn.Sequential(*layers)
@@ -307,21 +296,17 @@ class UNet(nn.Module):
         self.norm_out = nn.GroupNorm(1, width)
         self.conv_out = nn.Conv2d(width, 4 * cout, 3, padding=1)
         nn.init.zeros_(self.conv_out.weight)  # an untrained network outputs a constant
-        if classes:
-            self.label = nn.Embedding(classes + 1, embed)
 
-    def forward(self, x, t, labels=None):
-        if x.shape[2] % 4 or x.shape[3] % 4:
-            raise ValueError(f"height and width must be multiples of 4, not {tuple(x.shape[2:])}")
-        # sin and cos of t 10000^(-i/width), i = 0 ... width-1: Vaswani et al. 2017, section 3.5
+    def embed(self, t):
+        """t (B,) -> (B, embed), from its sines and cosines.  Vaswani et al. 2017, section 3.5"""
         i = torch.arange(self.width, device=t.device)
         angle = t[:, None] * torch.exp(-math.log(10000) * i / self.width)  # (B, width)
-        embedding = self.embed_t(torch.cat([angle.sin(), angle.cos()], dim=1))  # (B, embed)
-        if self.classes:
-            labels = torch.full_like(t, self.classes) if labels is None else labels
-            embedding = embedding + self.label(labels)
-        elif labels is not None:
-            raise ValueError("this network was trained without labels")
+        return self.embed_t(torch.cat([angle.sin(), angle.cos()], dim=1))
+
+    def forward(self, x, t, *more):
+        if x.shape[2] % 4 or x.shape[3] % 4:
+            raise ValueError(f"height and width must be multiples of 4, not {tuple(x.shape[2:])}")
+        embedding = self.embed(t, *more)
         h = F.pixel_unshuffle(x, 2)  # (B, 4 cin, H/2, W/2)
         h = h.contiguous(memory_format=torch.channels_last)  # the layout of fast convolutions
         h = self.conv_in(h)  # (B, width, H/2, W/2)
@@ -336,77 +321,19 @@ class UNet(nn.Module):
         return F.pixel_shuffle(h, 2)  # (B, cout, H, W)
 
 
-class Preconditioned(nn.Module):
-    """ε_θ(x_t, t) from a plain network, whose input and output make its task easier.
-
-    Karras et al. 2022 call this preconditioning.  net: 3C channels in, C out, as UNet.
-
-    Input: beside x_t, what ε would be if the pixel were black (x_0 = -1), and if it were white
-    (1). Most pixels of a digit are one or the other.  Near these, ε as a function of x_t has the
-    slope 1/√(1-ᾱ_t), which is 100 at t = 1 and hard to learn.  Without the two extra inputs, black
-    comes out not quite black.
-
-    Output: v = √ᾱ_t ε - √(1-ᾱ_t) x_0 (Salimans & Ho 2022).  At large t, x_t is nearly ε
-    itself, and v is what is left to learn.  With x_t = √ᾱ_t x_0 + √(1-ᾱ_t) ε, Ho (4), x_0 cancels
-    in √(1-ᾱ_t) x_t + √ᾱ_t v = (1-ᾱ_t) ε + ᾱ_t ε = ε, so a guess at v is a guess at ε.
-    """
-
-    def __init__(self, net, alpha_bar):
-        super().__init__()
-        self.net = net
-        self.register_buffer("signal_rate", alpha_bar.sqrt().float(), persistent=False)
-        self.register_buffer("noise_rate", (1 - alpha_bar).sqrt().float(), persistent=False)
-
-    def forward(self, xt, t, *more):
-        signal_rate = per_image(self.signal_rate[t])
-        noise_rate = per_image(self.noise_rate[t])
-        if_black = ((xt + signal_rate) / noise_rate).clamp(-3, 3)
-        if_white = ((xt - signal_rate) / noise_rate).clamp(-3, 3)
-        v = self.net(torch.cat([xt, if_black, if_white], dim=1), t, *more)
-        return noise_rate * xt + signal_rate * v
-
-
 def build(settings):
     """The DDPM of a run's settings, a dict.  To try another network, change this function."""
     alpha_bar = make_alpha_bar(settings["schedule"], settings["T"])
     channels = settings["shape"][0]
-    net = UNet(3 * channels, channels, settings["width"], len(settings["classes"]))
-    net.to(memory_format=torch.channels_last)
-    return DDPM(
-        Preconditioned(net, alpha_bar),
-        schedule=alpha_bar,
-        variance=settings["variance"],
-        weighting=settings["weighting"],
-        shape=settings["shape"],
-    )
+    net = UNet(3 * channels, channels, settings["width"])
+    if settings["classes"]:
+        net = LabelledUNet(3 * channels, channels, settings["width"], len(settings["classes"]))
+    net.to(memory_format=torch.channels_last)  # the layout of fast convolutions
+    chosen = {name: settings[name] for name in ("variance", "weighting", "shape")}
+    return DDPM(Preconditioned(net, alpha_bar), schedule=alpha_bar, **chosen)
 
 
 # ---- the training loop
-
-
-def get_lr(done, peak):
-    """The learning rate when a share `done` in (0, 1) of the run is over: up, then half a cosine.
-
-    It falls to 0, so that the last steps average out the noise of the batches.
-    """
-    warm_up = min(1, done / WARM_UP)
-    decay = 0.5 * (1 + math.cos(math.pi * done))
-    return peak * warm_up * decay
-
-
-def update_average(average, model, step):
-    """Moves the averaged weights towards the model's after update `step` = 0, 1, 2, ...
-
-    The share 1 / (1 + AVERAGED step) makes it an average over about the last twentieth of the
-    steps so far.  Ho's constant share, 0.0001, would remember the random start for the first
-    10,000 steps.
-    """
-    share = 1 / (1 + AVERAGED * step)
-    averages = list(average.parameters())
-    weights = [p.detach() for p in model.parameters()]
-    torch._foreach_lerp_(
-        averages, weights, share
-    )  # all at once: a GPU is slow at many small calls
 
 
 def train(args, device, watch=None):
@@ -419,13 +346,11 @@ def train(args, device, watch=None):
     """
     path = Path(args.out) / "ddpm.pt"
     settings, saved = common.open_run(args, path, defaults(args, device), CODE)
-    check_sampling(args, vars(settings))
     if saved and len(saved["history"]) == settings.epochs:
         return load(path, device), saved["history"]
     x_train, y_train, x_test, _ = common.load_data(settings, args, device)  # uint8 (N, C, H, W)
     settings.shape = list(x_train.shape[1:])
-    if settings.labels:
-        settings.classes = common.class_names(settings, args)
+    settings.classes = common.class_names(settings, args)
 
     torch.manual_seed(10**6 * settings.seed)
     model = build(vars(settings)).to(device)
@@ -443,9 +368,7 @@ def train(args, device, watch=None):
     B = min(settings.batch_size, N)
     updates = N // B  # of an epoch, which leaves out the N % B images that do not fill a batch
     seconds = history[-1]["seconds"] if history else 0.0
-    simple = settings.weighting == "simple" and settings.t == "uniform"
-    objective = "Ho's L_simple" if simple else "not Ho's L_simple, which is --recipe paper"
-    common.log(f"recipe {settings.recipe}: its loss is {objective}")
+    common.log(objective(settings))
     common.log({"DDPM on": device, "updates an epoch": updates, **vars(settings)})
     bar = common.progress(total=updates * settings.epochs, initial=updates * len(history))
     for epoch in range(len(history) + 1, settings.epochs + 1):
@@ -461,7 +384,7 @@ def train(args, device, watch=None):
             x0 = to_model(x_train[batch] / 255)  # line 2: (B, C, H, W) in [-1, 1]
             t = draw_t(len(x0), settings.T, settings.t, device)  # line 3: (B,) in 1 ... T
             eps = torch.randn_like(x0)  # line 4
-            more = [some_labels(y_train[batch], settings)] if settings.labels else []
+            more = some_labels(y_train, batch, settings)  # none, but for --labels
             with common.autocast(device, settings.precision):
                 loss = wrapped(x0, t, eps, *more)  # of line 5: DDPM.loss
 
@@ -501,6 +424,64 @@ def evaluate(model, images, seed, precision=None):
         for batch in images.split(500):
             total += model.loss(to_model(batch / 255)) * len(batch)
     return total.item() / len(images)
+
+
+# ---- beyond the paper: how the learning rate falls, how weights are averaged, and an easier task
+
+
+def get_lr(done, peak):
+    """The learning rate when a share `done` in (0, 1) of the run is over: up, then half a cosine.
+
+    It falls to 0, so that the last steps average out the noise of the batches.
+    """
+    warm_up = min(1, done / WARM_UP)
+    decay = 0.5 * (1 + math.cos(math.pi * done))
+    return peak * warm_up * decay
+
+
+def update_average(average, model, step):
+    """Moves the averaged weights towards the model's after update `step` = 0, 1, 2, ...
+
+    The share 1 / (1 + AVERAGED step) makes it an average over about the last twentieth of the
+    steps so far.  Ho's constant share, 0.0001, would remember the random start for the first
+    10,000 steps.
+    """
+    share = 1 / (1 + AVERAGED * step)
+    averages = list(average.parameters())
+    weights = [p.detach() for p in model.parameters()]
+    torch._foreach_lerp_(
+        averages, weights, share
+    )  # all at once: a GPU is slow at many small calls
+
+
+class Preconditioned(nn.Module):
+    """ε_θ(x_t, t) from a plain network, whose input and output make its task easier.
+
+    Karras et al. 2022 call this preconditioning.  net: 3C channels in, C out, as UNet.
+
+    Input: beside x_t, what ε would be if the pixel were black (x_0 = -1), and if it were white
+    (1). Most pixels of a digit are one or the other.  Near these, ε as a function of x_t has the
+    slope 1/√(1-ᾱ_t), which is 100 at t = 1 and hard to learn.  Without the two extra inputs, black
+    comes out not quite black.
+
+    Output: v = √ᾱ_t ε - √(1-ᾱ_t) x_0 (Salimans & Ho 2022).  At large t, x_t is nearly ε
+    itself, and v is what is left to learn.  With x_t = √ᾱ_t x_0 + √(1-ᾱ_t) ε, Ho (4), x_0 cancels
+    in √(1-ᾱ_t) x_t + √ᾱ_t v = (1-ᾱ_t) ε + ᾱ_t ε = ε, so a guess at v is a guess at ε.
+    """
+
+    def __init__(self, net, alpha_bar):
+        super().__init__()
+        self.net = net
+        self.register_buffer("signal_rate", alpha_bar.sqrt().float(), persistent=False)
+        self.register_buffer("noise_rate", (1 - alpha_bar).sqrt().float(), persistent=False)
+
+    def forward(self, xt, t, *more):
+        signal_rate = per_image(self.signal_rate[t])
+        noise_rate = per_image(self.noise_rate[t])
+        if_black = ((xt + signal_rate) / noise_rate).clamp(-3, 3)
+        if_white = ((xt - signal_rate) / noise_rate).clamp(-3, 3)
+        v = self.net(torch.cat([xt, if_black, if_white], dim=1), t, *more)
+        return noise_rate * xt + signal_rate * v
 
 
 # ---- beyond the paper: other schedules, how training draws t, and what each t weighs
@@ -596,6 +577,22 @@ def choose_times(T, steps=None):
 
 
 @torch.no_grad()
+def sample_beyond(model, n, steps=None, eta=1.0, order=1, labels=None, guidance=0.0):
+    """n images (n, C, H, W) in [0, 1].
+
+    steps: in 1 ... T, so many of them are taken; None for all T.  eta and order: see trajectory.
+    labels, an int or (n,), and guidance: see guided.  ValueError for a value out of range.
+    """
+    xT = torch.randn(n, *model.shape, device=model.signal_rate.device)
+    if n == 0:
+        return xT
+    if labels is not None or guidance:
+        model = guided(model, labels, guidance)
+    *_, (_, x0, _) = trajectory(model, xT, model.times(steps), eta, order)
+    return to_image(x0)
+
+
+@torch.no_grad()
 def trajectory(model, xt, times, eta=1.0, order=1):
     """A sampler that visits falling `times`: yields (t, x_t, x̂_0) before each step.
 
@@ -653,13 +650,28 @@ def ddim_mean_variance(model, x0_hat, xt, t, s, eta):
 # ---- beyond the paper: which digit is drawn
 
 
-def some_labels(labels, settings):
-    """Labels (B,), one in ten of them replaced by "no label".  Ho & Salimans 2022, algorithm 1
+class LabelledUNet(UNet):
+    """A UNet that is also told labels (B,) in 0 ... classes, where the last means "no label"."""
 
-    So one network learns to guess the noise with a label and without.
+    def __init__(self, cin, cout, width, classes):
+        super().__init__(cin, cout, width)
+        self.classes = classes
+        self.label = nn.Embedding(classes + 1, self.embed_t[-2].out_features)
+
+    def embed(self, t, labels=None):
+        labels = torch.full_like(t, self.classes) if labels is None else labels
+        return super().embed(t) + self.label(labels)
+
+
+def some_labels(labels, batch, settings):
+    """The further inputs of a LabelledUNet: labels[batch], one in ten replaced by "no label".
+
+    So it learns to guess the noise with a label and without.  Ho & Salimans 2022, algorithm 1
     """
-    left_out = torch.rand(len(labels), device=labels.device) < 0.1
-    return torch.where(left_out, len(settings.classes), labels)
+    if not settings.labels:
+        return ()
+    left_out = torch.rand(len(batch), device=batch.device) < 0.1
+    return (torch.where(left_out, len(settings.classes), labels[batch]),)
 
 
 def guided(model, labels, guidance=0.0):
@@ -785,7 +797,7 @@ def sample_many(model, n, steps=None, eta=1.0, labels=None, guidance=0.0):
     for i in common.progress(range(0, n, 500), "sampling"):
         part = None if labels is None else labels[i : i + 500]
         count = min(500, n - i)
-        images.append(model.sample(count, steps, eta, labels=part, guidance=guidance))
+        images.append(sample_beyond(model, count, steps, eta, labels=part, guidance=guidance))
     return torch.cat(images)
 
 
@@ -847,11 +859,21 @@ def draw(model, history, args, device):
 
 # ---- the command line
 
+# Stored in checkpoints, so that changed code cannot go on with weights that old code trained.
+CODE = common.fingerprint(__file__)
+
 
 def defaults(args, device):
     """The settings of a new run, where no flag says otherwise."""
     recipe = args.recipe or ("paper" if device.type == "cuda" else "short")
     return common.defaults(device) | SETTINGS | {"recipe": recipe} | RECIPES[recipe]
+
+
+def objective(settings):
+    """What a run minimizes, in a line: a CPU's default is not the paper's."""
+    simple = settings.weighting == "simple" and settings.t == "uniform"
+    loss = "Ho's L_simple" if simple else "not Ho's L_simple, which is --recipe paper"
+    return f"recipe {settings.recipe}: its loss is {loss}"
 
 
 def check_sampling(args, settings):
@@ -895,6 +917,8 @@ def main(argv=None):
         check_sampling(args, model.settings)
         draw_samples(model, args.sample, args, device, out / "ddpm_sample.png")
     else:
+        settings, _ = common.find_run(args, out / "ddpm.pt", defaults(args, device), CODE)
+        check_sampling(args, vars(settings))
         model, history = train(args, device)
         if common.RANK == 0:
             draw(model, history, args, device)

@@ -39,9 +39,6 @@ SETTINGS = {
 }
 LIKELIHOODS = ("bernoulli", "gaussian")
 
-# Stored in checkpoints, so that changed code cannot go on with weights that old code trained.
-CODE = common.fingerprint(__file__)
-
 
 # ---- the terms of the bound
 
@@ -315,6 +312,9 @@ def draw(model, history, args, device):
 
 
 # ---- the command line
+
+# Stored in checkpoints, so that changed code cannot go on with weights that old code trained.
+CODE = common.fingerprint(__file__)
 
 
 def defaults(args, device):

@@ -135,9 +135,13 @@ def test_sample_hands_each_image_its_label():
 
 def test_a_tenth_of_the_labels_is_left_out():
     labels = torch.arange(10).repeat(2000)
-    told = ddpm.some_labels(labels, SimpleNamespace(classes=[str(i) for i in range(10)]))
+    settings = SimpleNamespace(labels=True, classes=[str(i) for i in range(10)])
+    batch = torch.randperm(len(labels))
+    (told,) = ddpm.some_labels(labels, batch, settings)
     left_out = told == 10
-    assert torch.equal(told[~left_out], labels[~left_out])
+    assert torch.equal(told[~left_out], labels[batch][~left_out])
+    settings.labels = False
+    assert ddpm.some_labels(None, batch, settings) == ()
     share = left_out.double().mean().item()
     assert share == pytest.approx(0.1, abs=5 * math.sqrt(0.09 / 20000))
 
@@ -146,7 +150,7 @@ def test_no_label_is_the_last_one_and_a_network_without_classes_is_as_before():
     torch.manual_seed(3)
     plain = ddpm.UNet(1, 1, width=4)
     torch.manual_seed(3)
-    told = ddpm.UNet(1, 1, width=4, classes=10)
+    told = ddpm.LabelledUNet(1, 1, width=4, classes=10)
     for name, p in plain.named_parameters():
         assert torch.equal(p, dict(told.named_parameters())[name]), name
     torch.nn.init.normal_(told.conv_out.weight)
@@ -228,7 +232,9 @@ def pictures(folder, names):
 def test_sub_folders_are_the_labels_of_pictures(tmp_path):
     folder = pictures(tmp_path / "pets", ["ox", "cat", "parrot"])
     args = ddpm.parse(f"--data {folder} --size 16 --out {tmp_path} --device cpu".split())
-    settings = SimpleNamespace(data=args.data, size=16, limit=None, seed=0, pictures=None)
+    settings = SimpleNamespace(
+        data=args.data, size=16, limit=None, seed=0, pictures=None, labels=True
+    )
     x, y, x_test, y_test = common.load_data(settings, args, CPU)
     names = common.class_names(settings, args)
     assert names == ["cat", "ox", "parrot"] and len(x) == len(y) == 16 and len(y_test) == 2
@@ -305,7 +311,7 @@ def test_fewer_epochs_than_are_done_is_an_error(digits, tmp_path):
 
 CHANGES = {
     "another network": (
-        'net = UNet(3 * channels, channels, settings["width"], len(settings["classes"]))',
+        'net = UNet(3 * channels, channels, settings["width"])',
         "net = nn.Sequential(nn.Conv2d(3 * channels, 8, 3, padding=1), nn.SiLU(), "
         "nn.Conv2d(8, channels, 3, padding=1))\n"
         "    net.forward = lambda x, t: net[2](net[1](net[0](x)))",
