@@ -816,15 +816,21 @@ def draw_samples(model, n, args, device, path):
 
 
 def draw_guidance(model, args, device, path):
-    """Two samples of each class with guidance 0, 1 and 4, from the same noise."""
-    labels = torch.arange(2 * len(model.settings["classes"])) // 2
-    rows = {}
+    """Five samples of each class with guidance 0, 1 and 4, from the same noise, side by side."""
+    classes = model.settings["classes"]
+    labels = torch.arange(5 * len(classes)) // 5
+    panels = []
+    columns = []
     for guidance in 0, 1, 4:
         torch.manual_seed(model.settings["seed"])
         with common.autocast(device, args.precision):
             x = sample_many(model, len(labels), args.steps, args.eta, labels, guidance)
-        rows[f"guidance {guidance}"] = x
-    common.plot_rows(rows, path, f"DDPM, {common.title(model.settings)}: what guidance does")
+        x = x.unflatten(0, (len(classes), 5))
+        panels += [x, torch.ones_like(x[:, :1])]  # and a gap
+        columns += ["", "", f"guidance {guidance}", "", "", ""]
+    rows = dict(zip(classes, torch.cat(panels[:-1], dim=1), strict=True))
+    title = f"DDPM, {common.title(model.settings)}: what guidance does"
+    common.plot_rows(rows, path, title, columns[:-1])
 
 
 @torch.no_grad()
