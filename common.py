@@ -220,7 +220,7 @@ def _read_folder(folder, size, seed, out, digest):
             labels.append(_label(path, folder))
     said = f"{folder}: {len(good)} pictures read, {len(bad)} skipped, {others} other files"
     more = [f"and {len(bad) - 20} more"] if len(bad) > 20 else []
-    log("; ".join([said, *bad[:20], *more]))
+    log(f"{said}: {'; '.join(bad[:20] + more)}" if bad else said)
     if len(good) < 2:
         raise InputError(f"{folder}: {len(good)} pictures can be read; at least 2 are needed")
     x = torch.from_numpy(np.stack(good)).permute(0, 3, 1, 2)
@@ -279,7 +279,8 @@ def title(settings):
     name = Path(settings["data"]).name.replace("$", r"\$")  # a $ would begin a formula
     if settings["data"] in SETS:
         name = SETS[settings["data"]].__name__
-    return f"{_readable(name)}, {settings['epochs']} epochs"
+    n = settings["epochs"]
+    return f"{_readable(name)}, {n} epoch{'s' * (n != 1)}"
 
 
 def _readable(text):
@@ -290,7 +291,7 @@ def _readable(text):
 # ---- plots: x are images (N, C, H, W) in [0, 1]
 
 # Whatever style the user's matplotlibrc sets, pictures look the same and are upright.
-_plain = matplotlib.style.context("default")
+plain_style = matplotlib.style.context("default")
 
 
 def _picture(x, columns, title, gap=2, top=(), left=()):
@@ -311,7 +312,7 @@ def _picture(x, columns, title, gap=2, top=(), left=()):
     return figure, axes
 
 
-def _write(path, write):
+def write_file(path, write):
     """write(path) in the first process, where a full or read-only disk is an InputError."""
     if RANK > 0:
         return
@@ -324,27 +325,27 @@ def _write(path, write):
         ) from None
 
 
-def _save(figure, path):
-    _write(path, lambda path: figure.savefig(path, bbox_inches="tight", pad_inches=0.1))
+def save_figure(figure, path):
+    write_file(path, lambda path: figure.savefig(path, bbox_inches="tight", pad_inches=0.1))
 
 
-@_plain
+@plain_style
 def plot_grid(x, path, title, columns=10):
     """The images, row by row.  Where it would be too tall, rows get longer."""
     columns = max(columns, math.ceil(len(x) * (x.shape[2] + 2) / 60000))  # pixels
     figure, _ = _picture(x, min(columns, len(x)), title)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
-@_plain
+@plain_style
 def plot_rows(rows, path, title, columns=()):
     """One row of images for each of rows, {label: x}; columns: labels on top."""
     x = torch.cat([row.detach().cpu().float() for row in rows.values()])
     figure, _ = _picture(x, len(x) // len(rows), title, top=columns, left=list(rows))
-    _save(figure, path)
+    save_figure(figure, path)
 
 
-@_plain
+@plain_style
 def plot_curves(history, curves, path, title, ylabel):
     """One line over the epochs for each of curves, {label: key of a row of history}."""
     figure = Figure(figsize=(6, 4), dpi=130, layout="constrained")
@@ -352,14 +353,14 @@ def plot_curves(history, curves, path, title, ylabel):
     epochs = [row["epoch"] for row in history]
     for label, key in curves.items():
         axes.plot(epochs, [row[key] for row in history], marker=".", label=label)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.set(title=title, xlabel="epoch", ylabel=ylabel)
     axes.grid(alpha=0.3)
     axes.legend()
-    _save(figure, path)
+    save_figure(figure, path)
 
 
-@_plain
+@plain_style
 def plot_latent(mu, labels, path, title):
     """Points mu (N, 2), coloured by labels (N,) or None, over 1 and 2 sigma of N(0, I)."""
     labels = torch.zeros(len(mu)) if labels is None else labels.cpu()
@@ -373,10 +374,10 @@ def plot_latent(mu, labels, path, title):
     axes.set(title=title, xlabel="$z_1$", ylabel="$z_2$", aspect="equal")
     if len(axes.collections) > 1:
         axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), markerscale=4, frameon=False)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
-@_plain
+@plain_style
 def save_gif(panels, path, title, labels):
     """Panels side by side that change together: {label: x (F, C, H, W)}, a label a frame."""
     pictures = []
@@ -390,7 +391,7 @@ def save_gif(panels, path, title, labels):
         pictures.append(Image.open(file).convert("L" if len(images[0]) == 1 else "RGB"))
     first, *others = pictures
     options = {"append_images": others, "duration": [100] * len(others) + [2000], "loop": 0}  # ms
-    _write(path, lambda path: first.save(path, save_all=True, **options))
+    write_file(path, lambda path: first.save(path, save_all=True, **options))
 
 
 # ---- what functions are given
@@ -525,7 +526,12 @@ def _on_screen():
 def progress(items=None, description=None, **options):
     """A tqdm bar over items, or over total=...; in a file, a line every half minute instead."""
     if not _on_screen():
-        options |= {"mininterval": 30, "maxinterval": 30, "bar_format": "{l_bar}{r_bar}\n"}
+        options |= {
+            "position": 0,
+            "mininterval": 30,
+            "maxinterval": 30,
+            "bar_format": "{l_bar}{r_bar}\n",
+        }
     hidden = RANK > 0 or sys.stderr is None
     # A bar over items vanishes when it is done, and is not worth drawing for two seconds.
     short = {"leave": False, "delay": 2} if items is not None else {}

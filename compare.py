@@ -481,6 +481,7 @@ def reconstructions(models, x):
     return rows
 
 
+@common.plain_style
 def figure_1(model, x, labels, out, title):
     """The report's, of x (N, C, H, W) in [0, 1]: ε, the same for all, z, the mean of p(x|z)."""
     eps = torch.randn(60, 2, device=x.device)
@@ -500,7 +501,7 @@ def figure_1(model, x, labels, out, title):
     right.imshow(make_grid(rows.flatten(0, 1).cpu(), 4, padding=0).permute(1, 2, 0).numpy())
     right.set(title="$x$, and means of $p(x|z)$ for the crosses")
     right.set_axis_off()
-    figure.savefig(out / "figure1_reparameterization.png")
+    common.save_figure(figure, out / "figure1_reparameterization.png")
 
 
 def figure_2(model, yardstick, images, labels, out, title):
@@ -521,6 +522,7 @@ def figure_2(model, yardstick, images, labels, out, title):
     common.plot_rows(rows, out / "figure2_reconstructions.png", title, names)
 
 
+@common.plain_style
 def plot_lines(lines, levels, path, title, xlabel, ylabel, yscale="log"):
     """Lines {label: (x, y)} and horizontal ones {label: y}; x is logarithmic."""
     figure = Figure(figsize=(6.4, 4.4), dpi=130, layout="constrained")
@@ -530,12 +532,14 @@ def plot_lines(lines, levels, path, title, xlabel, ylabel, yscale="log"):
     for i, (label, y) in enumerate(levels.items()):
         axes.axhline(y, color=f"C{len(lines) + i}", linestyle="--", label=label)
     axes.set(xscale="log", yscale=yscale, title=title, xlabel=xlabel, ylabel=ylabel)
+    axes.xaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_major_formatter("{x:g}")
     axes.grid(alpha=0.3, which="both")
     axes.legend(fontsize=8)
-    figure.savefig(path)
+    common.save_figure(figure, path)
 
 
+@common.plain_style
 def draw_figures(results, out):
     """The figures of numbers."""
     name = results["name"]
@@ -566,7 +570,7 @@ def draw_figures(results, out):
     title = f"{name}: classes of {results['n']} images each"
     axes.set(title=title, xlabel="class that is read", ylabel="share", xticks=range(10))
     figure.legend(loc="outside lower center", ncols=4)
-    figure.savefig(out / "diversity.png")
+    common.save_figure(figure, out / "diversity.png")
 
 
 def draw_pictures(models, samples, yardstick, data, name, out):
@@ -748,7 +752,7 @@ all steps, has the decoder (13) and its own σ_t².
 ![Latent space](vae_latent.png)
 ![Trajectory](ddpm_trajectory.png)
 """
-    (out / "report.md").write_text(text, encoding="utf-8")
+    common.write_file(out / "report.md", lambda path: path.write_text(text, encoding="utf-8"))
 
 
 # ---- all of it
@@ -852,7 +856,8 @@ def main(argv=None):
     results = compare(args, device)
     results["seconds"] = time.perf_counter() - started
     out = Path(args.out)
-    (out / "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
+    text = json.dumps(results, indent=1)
+    common.write_file(out / "results.json", lambda path: path.write_text(text, encoding="utf-8"))
     draw_figures(results, out)
     write_report(results, out)
     for each in results["claims"]:
