@@ -1,4 +1,4 @@
-"""What the scripts share: the data and the plots; at the end the command line and the checkpoint.
+"""What the scripts share: the data, the plots, the checkpoint and the command line.
 
 Images are uint8 (N, C, H, W) where they are stored, and floats in [0, 1] where they are drawn.
 """
@@ -34,7 +34,7 @@ from torchvision import datasets
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
-# torchrun starts several processes: which one this is, which one on its machine, of how many.
+# torchrun starts several processes: this one's number, that on its machine, their count.
 TORCHRUN = dist.is_available() and dist.is_torchelastic_launched()
 RANK = int(os.environ["RANK"]) if TORCHRUN else 0
 LOCAL_RANK = int(os.environ["LOCAL_RANK"]) if TORCHRUN else 0
@@ -63,7 +63,7 @@ def load_data(settings, args, device):
         data = _read_set(settings.data, args.data_dir)
     else:
         of = settings.data, settings.size, settings.seed, args.out, settings.pictures
-        data = _read_folder(*of)
+        data = _read_folder(*of)[:4]
     x_train, y_train, x_test, y_test = data
     x_train = x_train[: settings.limit].to(device)
     if y_train is not None:
@@ -94,7 +94,7 @@ def _read_set(name, root):
 
 def _idx_paths(folder, name):
     paths = folder / f"{name}-ubyte.gz", folder / f"{name}-ubyte"
-    return [path for path in paths if path.exists()]
+    return [path for path in paths if os.path.exists(path)]
 
 
 def _read_idx(path, dimensions):
@@ -107,7 +107,7 @@ def _read_idx(path, dimensions):
             raise ValueError("it does not begin like an IDX file of bytes")
         array = np.frombuffer(content, np.uint8, offset=4 * len(sizes))
         return array.reshape(sizes[1:]).copy()
-    except Exception as error:  # cut off, not readable, no gzip file, ...
+    except Exception as error:  # truncated, unreadable, not gzip, ...
         raise InputError(f"cannot read {path} ({error}): put the original file there") from None
 
 
@@ -116,7 +116,7 @@ def _download(name, root, folder):
     wanted = ", ".join(f"{each}-ubyte.gz" for each in FILES)
     if WORLD > 1:
         raise InputError(f"{folder} lacks files of {name}: run once without torchrun to download")
-    socket.setdefaulttimeout(20)  # seconds: a dead network is an error, not a wait
+    socket.setdefaulttimeout(20)  # seconds: on a dead network, fail rather than wait
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             SETS[name](root, download=True)
@@ -129,7 +129,7 @@ def _download(name, root, folder):
 def find_pictures(folder, out):
     """The files below folder that may be pictures, and the number of other files.
 
-    Links are followed.  Hidden files and folders do not count, nor what the scripts have drawn
+    Links are followed.  Hidden files and folders do not count, nor does what the scripts drew
     into the folder out.  A folder that cannot be read is listed, too, so that it gets reported.
     """
     Image.init()
@@ -159,7 +159,7 @@ def find_pictures(folder, out):
 def _digest(folder, out):
     """A digest of the names and sizes of all pictures below folder."""
     pictures, _ = find_pictures(folder, out)
-    pictures = [path for path in pictures if path.exists()]  # a link may be broken
+    pictures = [path for path in pictures if os.path.exists(path)]  # a link may be broken
     listed = [(str(path.relative_to(folder)), path.stat().st_size) for path in pictures]
     return hashlib.sha256(repr(listed).encode("utf-8", "surrogateescape")).hexdigest()[:16]
 
@@ -167,6 +167,8 @@ def _digest(folder, out):
 def _read_picture(path, size):
     """The picture's middle square, uint8 (size, size, 3), or a text: why it cannot be read."""
     try:
+        if path.is_fifo():
+            raise ValueError("a pipe, which would never end")
         with Image.open(path) as picture:
             # TIFF's tag 339 is 1 for unsigned pixels, which Pillow reads as signed ones.
             unsigned = getattr(picture, "tag_v2", {}).get(339) == (1,)
@@ -202,12 +204,11 @@ def _to_8_bits(pixels, unsigned=False):
 
 @functools.lru_cache
 def _read_folder(folder, size, seed, out, digest):
-    """All pictures below folder, a tenth of them held out by the seed -> as load_data.
+    """All pictures below folder, the seed holds out a tenth of them -> like load_data.
 
-    digest: of the pictures, so that they are read again when they have changed.
+    digest identifies the pictures, so that they are read again if they change.
     """
     paths, others = find_pictures(folder, out)
-    names = _folder_names(folder, out)
     labels = []
     good = []
     bad = []
@@ -229,21 +230,16 @@ def _read_folder(folder, size, seed, out, digest):
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
     x = x[order].contiguous()
     held_out = math.ceil(len(x) / 10)
+    names = [] if None in labels else sorted(set(labels))
     if not names:
-        return x[held_out:], None, x[:held_out], None
+        return x[held_out:], None, x[:held_out], None, names
     y = torch.tensor([names.index(label) for label in labels])[order]
-    return x[held_out:], y[held_out:], x[:held_out], y[:held_out]
+    return x[held_out:], y[held_out:], x[:held_out], y[:held_out], names
 
 
 def _label(path, folder):
     """The first sub-folder on the way to a picture; None if it lies in the folder itself."""
     return (path.relative_to(folder).parts[:-1] or [None])[0]
-
-
-def _folder_names(folder, out):
-    """The names of the sub-folders, which label the pictures if every picture lies in one."""
-    names = {_label(path, folder) for path in find_pictures(folder, out)[0] if path.is_file()}
-    return [] if None in names else sorted(names)
 
 
 def class_names(settings, args):
@@ -252,7 +248,8 @@ def class_names(settings, args):
         return []
     if settings.data in SETS:
         return [str(label) for label in range(10)]
-    names = _folder_names(settings.data, args.out)
+    of = settings.data, settings.size, settings.seed, args.out, settings.pictures
+    names = _read_folder(*of)[4]
     if not names:
         raise InputError(f"{settings.data} has no labels: put each class into a sub-folder")
     return names
@@ -261,7 +258,7 @@ def class_names(settings, args):
 def labels_to_draw(classes, name, n):
     """The labels (n,) of n samples, or None; and how many images make a row.
 
-    With a name all have that label; else each class fills a row, for which n is rounded up.
+    With a name, all have that label; else n is rounded up so that each class fills a row.
     InputError for an unknown name.
     """
     if name is not None:
@@ -276,15 +273,20 @@ def labels_to_draw(classes, name, n):
 
 def title(settings):
     """What a model was trained on, and for how long, as the title of a picture."""
-    name = Path(settings["data"]).name.replace("$", r"\$")  # a $ would begin a formula
+    name = caption(Path(settings["data"]).name)
     if settings["data"] in SETS:
         name = SETS[settings["data"]].__name__
     n = settings["epochs"]
-    return f"{_readable(name)}, {n} epoch{'s' * (n != 1)}"
+    return f"{name}, {n} epoch{'s' * (n != 1)}"
+
+
+def caption(name):
+    """A name as a plot can show it: a $ would begin a formula."""
+    return _readable(name).replace("$", r"\$")
 
 
 def _readable(text):
-    """The text with a ? for each byte of a file name that is no UTF-8."""
+    """The text with a ? for each byte of a file name that is not UTF-8."""
     return text.encode("utf-8", "replace").decode()
 
 
@@ -331,7 +333,7 @@ def save_figure(figure, path):
 
 @plain_style
 def plot_grid(x, path, title, columns=10):
-    """The images, row by row.  Where it would be too tall, rows get longer."""
+    """The images, row by row.  If they would be too tall, rows get longer."""
     columns = max(columns, math.ceil(len(x) * (x.shape[2] + 2) / 60000))  # pixels
     figure, _ = _picture(x, min(columns, len(x)), title)
     save_figure(figure, path)
@@ -379,7 +381,7 @@ def plot_latent(mu, labels, path, title):
 
 @plain_style
 def save_gif(panels, path, title, labels):
-    """Panels side by side that change together: {label: x (F, C, H, W)}, a label a frame."""
+    """Panels side by side that change together: {label: x (F, C, H, W)}, a label per frame."""
     pictures = []
     for images, label in zip(zip(*panels.values(), strict=True), labels, strict=True):
         figure, axes = _picture(torch.stack(images), len(panels), title, top=list(panels))
@@ -419,7 +421,7 @@ def pick_device(name):
         if torch.cuda.is_available():
             name = "cuda"
     if name == "cuda":
-        name = f"cuda:{LOCAL_RANK}"  # each process of torchrun takes a GPU of its own
+        name = f"cuda:{LOCAL_RANK}"  # each process of torchrun takes its own GPU
     try:
         device = torch.zeros(1).to(name).device
         torch.zeros(1, device=device).cpu()  # the device "meta" holds no data
@@ -429,7 +431,7 @@ def pick_device(name):
 
 
 def start(args):
-    """Before any work: the folder OUT, the device and the processes -> the device."""
+    """Sets up the folder OUT, the device and the processes -> the device."""
     if args.load and not args.sample:
         raise InputError("--load only goes with --sample")
     if args.fresh and args.sample:
@@ -452,7 +454,7 @@ def start(args):
 
 
 def wrap(model, args):
-    """The model, whose forward then shares gradients with torchrun's processes, or is compiled."""
+    """The model, wrapped to share gradients among torchrun's processes, or compiled."""
     if WORLD > 1:
         model = DistributedDataParallel(model)
     return torch.compile(model, mode="reduce-overhead") if args.compile else model
@@ -461,7 +463,7 @@ def wrap(model, args):
 def share(order):
     """Batches of image numbers (steps, B) -> this process's part of each (steps, B / WORLD).
 
-    From here on each process draws random numbers of its own.
+    From here on, each process draws its own random numbers.
     """
     if order.shape[1] % WORLD:
         raise InputError(
@@ -475,7 +477,7 @@ def share(order):
 @functools.lru_cache
 @torch.enable_grad()
 def best_precision(device):
-    """The faster of "float32" and "bfloat16" on this device, by a convolution in each on a CPU."""
+    """The faster of "float32" and "bfloat16" on this device; a CPU is timed on a convolution."""
     if device.type == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
         return "bfloat16" if fast else "float32"
@@ -533,7 +535,7 @@ def progress(items=None, description=None, **options):
             "bar_format": "{l_bar}{r_bar}\n",
         }
     hidden = RANK > 0 or sys.stderr is None
-    # A bar over items vanishes when it is done, and is not worth drawing for two seconds.
+    # A bar over items vanishes when it is done, and only appears after two seconds.
     short = {"leave": False, "delay": 2} if items is not None else {}
     return tqdm(items, description, disable=hidden, **short, **options)
 
@@ -545,7 +547,7 @@ def defaults(device):
     """The settings that all scripts share, where no flag says otherwise."""
     return {
         "data": "mnist",
-        "pictures": None,  # of a folder: a digest of what is in it
+        "pictures": None,  # for a folder: a digest of its pictures
         "size": 32,
         "limit": None,
         "seed": 0,
@@ -574,9 +576,9 @@ def fingerprint(file):
 
 
 def open_run(args, path, default, code):
-    """What a run trains with, and what its checkpoint at path holds already: see find_run.
+    """What a run trains with, and what its checkpoint at path already holds: see find_run.
 
-    It says where the run goes on.  InputError also where another process is writing to path.
+    It logs where the run goes on.  InputError, too, if another process is writing to path.
     """
     settings, saved = find_run(args, path, default, code)
     done = len(saved["history"]) if saved else 0
@@ -585,6 +587,8 @@ def open_run(args, path, default, code):
         return settings, saved
     if RANK == 0:
         _lock(path)
+        settings, saved = find_run(args, path, default, code)  # another run may just have ended
+        done = len(saved["history"]) if saved else 0
     if saved:
         log(f"going on after epoch {done} of {settings.epochs}")
         if settings.epochs != saved["settings"]["epochs"]:
@@ -615,7 +619,7 @@ def find_run(args, path, default, code):
             setattr(settings, name, getattr(args, name))
     if settings.data not in SETS:
         folder = Path(settings.data)
-        if not folder.is_dir():
+        if not os.path.isdir(folder):
             raise InputError(f"no --data {folder}: choose {', '.join(SETS)} or a folder")
         settings.pictures = _digest(folder, args.out)
         if saved and settings.pictures != saved["settings"]["pictures"]:
@@ -632,10 +636,9 @@ def check_flags(args, settings, path, but=()):
         given = getattr(args, name, None)
         if name not in but and given is not None and given != value:
             flag = "--" + name.replace("_", "-")
-            raise InputError(
-                f"{path} has {name} {value}, not {given}: leave out {flag}, choose another --out, "
-                "or train anew with --fresh"
-            )
+            anew = "" if getattr(args, "sample", None) else ", or train anew with --fresh"
+            ways = f"leave out {flag}, choose another --out{anew}"
+            raise InputError(f"{path} has {name} {value}, not {given}: {ways}")
 
 
 _locks = {}
@@ -727,7 +730,7 @@ def load_checkpoint(path, kind):
 def load_model(path, kind, part, device, build):
     """build(settings) with the weights of a checkpoint.  InputError where they do not fit.
 
-    model.settings are the run's, with the epochs that are done.
+    model.settings are the run's, but epochs is how many are done.
     """
     saved = load_checkpoint(path, kind)
     try:
@@ -776,7 +779,7 @@ def data(text):
     """A `type=` for argparse: the name of a set, or the full path of a folder."""
     if text in SETS:
         return text
-    return str(Path(place(text)).resolve())
+    return os.path.realpath(place(text))
 
 
 SWITCH = {"action": "store_const", "const": True}  # None if it is not given
@@ -789,7 +792,7 @@ def arguments(doc):
     parser.error = lambda message: parser.exit(2, f"error: {message}\n")  # -h has the usage
     add = parser.add_argument
     add("--data", type=data, help=f"{', '.join(SETS)} or a folder of pictures (mnist)")
-    add("--data-dir", type=place, default=str(DATA_DIR), help="where named data are (data/)")
+    add("--data-dir", type=place, default=str(DATA_DIR), help="folder of the named sets (data/)")
     add("--size", type=int, choices=(16, 32, 64), help="width of a folder's pictures (32)")
     add("--limit", type=number(int, 1, 10**9), help="train on this many images (all)")
     add("--out", type=place, default="results", help="folder for what is written (results)")
@@ -805,7 +808,7 @@ def arguments(doc):
     )
     add("--compile", action="store_true", help="torch.compile, for a GPU")
     add("--fresh", action="store_true", help="train anew, and replace what is in --out")
-    add("--sample", type=number(int, 1, 10000), help="just draw this many images, from --seed")
+    add("--sample", type=number(int, 1, 10000), help="only draw this many images, using --seed")
     add("--load", type=place, help="with --sample: the checkpoint (the one in --out)")
     return parser
 

@@ -13,8 +13,8 @@ Ho is Ho, Jain & Abbeel 2020, "Denoising Diffusion Probabilistic Models" (arXiv:
 A VAE has one latent z, and learns both its encoder q(z|x) and its decoder p(x|z).  A DDPM has T
 latents x_1 ... x_T, each of the size of the image x_0.  Its encoder q(x_t|x_{t-1}) is fixed: it
 mixes in a little Gaussian noise, until x_T is nothing but noise.  Its decoder p(x_{t-1}|x_t) takes
-a little noise away.  One network, which is told t, is the decoder of all T steps.  To train it is
-to lower the error of a guess at the noise, because the bound, which is that of the VAE with a term
+a little noise away.  One network, which is told t, is the decoder of all T steps.  Training it
+lowers the error of a guess at the noise, because the bound, which is that of the VAE with a term
 for each latent, is a sum of such errors:
 
     -log p(x_0)  <=  L_T + Σ_{t=2..T} L_{t-1} + L_0                       Ho (3) and (5)
@@ -55,7 +55,7 @@ SETTINGS = {
     "variance": "posterior",  # σ_t² = β̃_t.  "beta" is Ho's other choice, β_t; see section 3.2
     "batch_size": 64,  # larger ones need a larger learning rate
     "labels": False,  # whether the network is told which digit it draws
-    "classes": [],  # their names, if it is
+    "classes": [],  # the names of the labels, if so
 }
 WARM_UP = 0.02  # share of the run in which the learning rate rises: Adam's first steps are wild
 AVERAGED = 0.05  # sampling uses weights averaged over about this share of the updates so far
@@ -121,7 +121,7 @@ class DDPM(nn.Module):
         self.variance = variance
         self.clip = clip
         self.shape = tuple(shape)
-        # In training each image has a t of its own, so these factors are looked up on the device.
+        # In training each image has its own t, so these factors are looked up on the device.
         weight = loss_weights(self.alpha_bar, weighting, variance)
         self.register_buffer("signal_rate", self.alpha_bar.sqrt().float(), persistent=False)
         self.register_buffer("noise_rate", (1 - self.alpha_bar).sqrt().float(), persistent=False)
@@ -145,7 +145,7 @@ class DDPM(nn.Module):
         """The mean over images and pixels of (ε - ε_θ(x_t, t))², weighted by t: a scalar.
 
         Ho, Algorithm 1, for images x0 (B, C, H, W).  Unless they are given, t (B,) is uniform, and
-        eps is Gaussian noise like x0.  With the weighting "simple" every weight is 1, and it is
+        eps is Gaussian noise like x0.  With the weighting "simple" every weight is 1: this is
         L_simple.  more: further inputs of the network, such as labels.
         """
         if t is None:
@@ -165,7 +165,7 @@ class DDPM(nn.Module):
         """n images (n, C, H, W) in [0, 1], by all T steps: Ho, Algorithm 2.
 
         Beyond the paper, fewer `steps` (as on the command line), less noise with `eta` < 1, and
-        more: see sample_beyond.  ValueError for a value out of range.
+        what else sample_beyond takes.  ValueError for a value out of range.
         """
         common.check_range("n", n, 0)
         if n == 0 or steps is not None or eta != 1 or more:
@@ -180,10 +180,10 @@ class DDPM(nn.Module):
     def p_mean_variance(self, xt, t, s, x0_hat=None):
         """p(x_s|x_t) = N(mean, variance I): mean like xt, variance a float.  Ho (1)
 
-        It is q(x_s|x_t, x_0) with the guess x̂_0 in place of x_0.  Put (15) into (7): of x_t there
-        is of_xt + of_x0/√ᾱ_t = 1/√α_t, and of ε_θ of_x0 √(1-ᾱ_t)/√ᾱ_t = (1-α_t)/(√α_t √(1-ᾱ_t)).
-        So unless x̂_0 is clipped, the mean is that in line 4.  x0_hat: the guess, if it is known
-        already.
+        It is q(x_s|x_t, x_0) with the guess x̂_0 in place of x_0.  Put (15) into (7): x_t gets the
+        factor of_xt + of_x0/√ᾱ_t = 1/√α_t, -ε_θ gets of_x0 √(1-ᾱ_t)/√ᾱ_t = (1-α_t)/(√α_t
+        √(1-ᾱ_t)). So unless x̂_0 is clipped, the mean is that in line 4.  x0_hat: the guess, if it
+        is known already.
         """
         if x0_hat is None:
             x0_hat = self.predict_x0(xt, t)
@@ -193,7 +193,7 @@ class DDPM(nn.Module):
         return mean, variance
 
     def predict_x0(self, xt, t):
-        """The guess x̂_0 at the image that the guess ε_θ at the noise implies: like xt."""
+        """The guess x̂_0 at the image, implied by the guess ε_θ at the noise: like xt."""
         signal_rate, noise_rate = self.rates(t)
         if isinstance(t, int):
             t = torch.full((len(xt),), t, device=xt.device)
@@ -203,7 +203,7 @@ class DDPM(nn.Module):
     def q_posterior(self, x0, xt, t, s):
         """q(x_s|x_t, x_0) = N(mean, variance I): mean like xt, variance a float.  Ho (6)
 
-        t and s < t are ints.  Ho has s = t-1, and there alpha and beta are the paper's.
+        t and s < t are ints.  Ho has s = t-1, where alpha and beta are the paper's.
         """
         alpha_bar_t = self.alpha_bar[t].item()
         alpha_bar_s = self.alpha_bar[s].item()
@@ -271,9 +271,6 @@ class Block(nn.Module):
 
 class UNet(nn.Module):
     """A small U-Net: x (B, cin, H, W), t (B,) -> (B, cout, H, W).  It knows nothing of ᾱ_t.
-
-    With classes > 0 it is also told a label (B,) in 0 ... classes, where the last means "no
-    label".
 
     It has `width` channels at half the resolution and twice as many at a quarter, 14×14 and 7×7
     for a digit.  The full resolution would cost most of the time, so 2×2 pixels are folded into
@@ -394,7 +391,7 @@ def train(args, device, watch=None):
             update_average(average, model, step)
             total += loss.detach()
             bar.update()
-            if step % 50 == 0:
+            if step % 50 == 0 or step % updates == 0:
                 bar.set_description(f"DDPM, epoch {epoch}, loss {loss.item():.4g}", refresh=False)
 
         row = {"epoch": epoch, "train_loss": total.item() / updates}
@@ -459,7 +456,7 @@ class Preconditioned(nn.Module):
 
     Karras et al. 2022 call this preconditioning.  net: 3C channels in, C out, as UNet.
 
-    Input: beside x_t, what ε would be if the pixel were black (x_0 = -1), and if it were white
+    Input: besides x_t, what ε would be if the pixel were black (x_0 = -1), and if it were white
     (1). Most pixels of a digit are one or the other.  Near these, ε as a function of x_t has the
     slope 1/√(1-ᾱ_t), which is 100 at t = 1 and hard to learn.  Without the two extra inputs, black
     comes out not quite black.
@@ -500,7 +497,7 @@ def cosine_beta(T):
 
 
 def draw_t(n, T, way="uniform", device="cpu"):
-    """The times at which n images are trained, (n,) int64 in 1 ... T.
+    """The times t for n training images, (n,) int64 in 1 ... T.
 
     "uniform": Ho, Algorithm 1, line 3.
     "focused": three quarters are T sigmoid(u/2 - 0.6) with u ~ N(0, 1).  Half of these lie between
@@ -580,7 +577,7 @@ def choose_times(T, steps=None):
 def sample_beyond(model, n, steps=None, eta=1.0, order=1, labels=None, guidance=0.0):
     """n images (n, C, H, W) in [0, 1].
 
-    steps: in 1 ... T, so many of them are taken; None for all T.  eta and order: see trajectory.
+    steps: how many to take, in 1 ... T; None for all T.  eta and order: see trajectory.
     labels, an int or (n,), and guidance: see guided.  ValueError for a value out of range.
     """
     xT = torch.randn(n, *model.shape, device=model.signal_rate.device)
@@ -598,10 +595,10 @@ def trajectory(model, xt, times, eta=1.0, order=1):
 
     xt (B, C, H, W) is x_t at the first of times.  If the last of times is 0, it ends with
     (0, x_0, x_0).  A step is Ho's: a draw from p(x_s|x_t), which is q(x_s|x_t, x_0) at x̂_0.
-    eta: 1 is Ho's.  Less is noise of variance η² β̃, and 0 adds none: DDIM (Song et al. 2021).
+    eta: 1 is Ho's.  Below 1, the noise has variance η² β̃; 0 adds none: DDIM (Song et al. 2021).
     order: 2 replaces the guess at t by one for the middle of the step, extrapolated from the guess
     of the step before.  With eta = 0 it is DPM-Solver++(2M), with eta = 1 its SDE form (Lu et al.
-    2022).  The first step has none before it, and in the last λ_s is infinite.  ValueError for
+    2022).  The first step (none before it) and the last (λ_s = ∞) keep x̂_0.  ValueError for
     another eta or order.
     """
     common.check_range("eta", eta, 0, 1)
@@ -636,7 +633,7 @@ def ddim_mean_variance(model, x0_hat, xt, t, s, eta):
     """The step with noise of variance η² β̃: mean like xt, variance a float.
 
     More of the noise ε̂ that x_t already has replaces what is missing, so that x_s has as much
-    noise as ever.  eta = 1 is q_posterior.  Song et al. 2021, (12) and (16)
+    noise as with any eta.  eta = 1 is q_posterior.  Song et al. 2021, (12) and (16)
     """
     _, beta_tilde = model.q_posterior(x0_hat, xt, t, s)
     variance = eta**2 * beta_tilde
@@ -682,7 +679,11 @@ def guided(model, labels, guidance=0.0):
     variety. ValueError for guidance without labels.
     """
     if labels is None:
-        raise ValueError("guidance goes from no label to a label: give labels, too")
+        raise ValueError("guidance needs labels: give them, too")
+    if isinstance(model.net, Preconditioned):  # else nothing is known about the network
+        classes = getattr(model.net.net, "classes", 0)
+        for label in torch.as_tensor(labels).flatten().tolist():
+            common.check_range(f"of {classes} classes, a label", label, 0, classes - 1)
 
     def eps(xt, t):
         label = torch.as_tensor(labels, device=xt.device).expand(len(xt))
@@ -699,11 +700,10 @@ def guided(model, labels, guidance=0.0):
 
 
 def log_discretized_normal(x0, mean, sigma):
-    """log P(x0) of 8-bit pixels, (B,) nats: a level has the normal's mass within half a level.
+    """log P(x0) of 8-bit pixels, (B,) nats: a level gets the normal's mass within half a level.
 
     x0 (B, C, H, W) in {-1, -1 + 2/255, ..., 1}; mean like x0; sigma > 0, a number or a tensor.
-    The
-    end levels also get the tails, so that the 256 probabilities sum to 1.  Ho (13)
+    The end levels also get the tails, so that the 256 probabilities sum to 1.  Ho (13)
     """
     level = ((x0.cpu().double() + 1) * 127.5).round()  # 0 ... 255
     mean = mean.cpu().double()
@@ -754,7 +754,7 @@ def first_term(model, x0, times):
     mean, variance = model.p_mean_variance(xt, t, 0)
     if variance == 0:
         # β̃_1 = 0 would be a decoder with no uncertainty, and Ho's code has σ_1² = β̃_2.  A
-        # sampler does without, because it adds no noise in its last step.
+        # sampler needs neither, because it adds no noise in its last step.
         if len(times) > 2:
             _, variance = model.q_posterior(0.0, 0.0, times[-3], t)
         else:
@@ -804,7 +804,7 @@ def sample_many(model, n, steps=None, eta=1.0, labels=None, guidance=0.0):
 def draw_samples(model, n, args, device, path):
     """n samples in the picture `path`, the same at every call with the same seed.
 
-    With labels, all are of --digit, or else each class fills a row (n is rounded up).
+    With labels, all show --digit, or else each class fills a row (n is rounded up).
     """
     torch.manual_seed(model.settings["seed"] if args.seed is None else args.seed)
     labels, columns = common.labels_to_draw(model.settings["classes"], args.digit, n)
@@ -828,7 +828,8 @@ def draw_guidance(model, args, device, path):
         x = x.unflatten(0, (len(classes), 5))
         panels += [x, torch.ones_like(x[:, :1])]  # and a gap
         columns += ["", "", f"guidance {guidance}", "", "", ""]
-    rows = dict(zip(classes, torch.cat(panels[:-1], dim=1), strict=True))
+    names = [common.caption(name) for name in classes]
+    rows = dict(zip(names, torch.cat(panels[:-1], dim=1), strict=True))
     title = f"DDPM, {common.title(model.settings)}: what guidance does"
     common.plot_rows(rows, path, title, columns[:-1])
 
@@ -887,7 +888,7 @@ def check_sampling(args, settings):
     T = settings["T"]
     if args.steps and args.steps > T:
         raise common.InputError(f"--steps {args.steps} exceeds T = {T}")
-    if (args.digit or args.guidance) and not (args.sample and settings["labels"]):
+    if (args.digit is not None or args.guidance) and not (args.sample and settings["labels"]):
         raise common.InputError("--digit and --guidance need --sample and a run with --labels")
 
 
@@ -901,7 +902,7 @@ def parse(argv):
     parser = common.arguments(__doc__)
     add = parser.add_argument
     number = common.number
-    add("--recipe", choices=list(RECIPES), help="other defaults (on a GPU paper, else short)")
+    add("--recipe", choices=list(RECIPES), help="set of defaults (paper on a GPU, else short)")
     add("--weighting", choices=WEIGHTINGS, help="weight of each t in the loss (the recipe's)")
     add("--width", type=number(int, 4, 1024), help="channels of the U-Net (the recipe's)")
     add("--T", type=number(int, 2, 10000), help="steps of the chain (1000)")

@@ -33,7 +33,7 @@ SETTINGS = {
     "latent_dim": 2,  # small enough to draw a map of the latents
     "likelihood": "bernoulli",  # p(x|z); "gaussian" is the other one
     "kl_weight": 1.0,  # of the KL in the loss.  The loss is -ELBO only at 1
-    "epochs": 100,  # as many as the course report that this repository redoes
+    "epochs": 100,  # as in the course report that this repository redoes
     "batch_size": 256,
     "lr": 1e-3,  # at the start; it falls to 0 along half a cosine
 }
@@ -193,7 +193,7 @@ def get_lr(done, peak):
 def train(args, device, watch=None):
     """Maximizes the ELBO, or goes on with a run that was stopped -> model, history.
 
-    KW, Algorithm 1.  args: as parse returns them.  history is a list with one dict an epoch:
+    KW, Algorithm 1.  args: as parse returns them.  history is a list with one dict per epoch:
     epoch, both terms of the ELBO in training and on test images (nats per image), seconds of
     training since the start, and what watch(model, epoch) returns.  After each epoch all of it is
     in OUT/vae.pt.
@@ -242,7 +242,7 @@ def train(args, device, watch=None):
             optimizer.step()
             total += torch.stack([reconstruction.mean(), kl.mean()]).detach()
             bar.update()
-            if step % 50 == 0:
+            if step % 50 == 0 or step % updates == 0:
                 bar.set_description(f"VAE, epoch {epoch}, loss {loss.item():.4g}", refresh=False)
 
         train_reconstruction, train_kl = (total / updates).tolist()

@@ -248,8 +248,34 @@ def test_sub_folders_are_the_labels_of_pictures(tmp_path):
         common.class_names(settings, args)
 
 
+def test_only_pictures_that_can_be_read_have_labels(tmp_path):
+    folder = pictures(tmp_path / "pets", ["ox", "cat"])
+    (folder / "logo.svg").write_bytes(b"<svg/>")
+    (folder / "broken").mkdir()
+    (folder / "broken" / "a.png").write_bytes(b"cut")
+    args = ddpm.parse(f"--data {folder} --size 16 --out {tmp_path} --device cpu".split())
+    settings = SimpleNamespace(
+        data=args.data, size=16, limit=None, seed=0, pictures=0, labels=True
+    )
+    assert common.class_names(settings, args) == ["cat", "ox"]
+
+
+def test_a_label_that_does_not_exist_is_named_with_the_range():
+    model = ddpm.DDPM(
+        ddpm.Preconditioned(ddpm.LabelledUNet(3, 1, 4, 10), ddpm.DDPM(None).alpha_bar)
+    )
+    for label in -1, 10, [3, 12]:
+        with pytest.raises(ValueError, match="of 10 classes, a label .*0 to 9"):
+            model.sample(2, 2, labels=label)
+    with pytest.raises(ValueError, match="guidance needs labels"):
+        model.sample(2, 2, guidance=1.0)
+    model.net.net = ddpm.UNet(3, 1, 4)
+    with pytest.raises(ValueError, match="of 0 classes"):
+        model.sample(2, labels=7)
+
+
 def test_pictures_with_labels_can_be_asked_for(tmp_path, monkeypatch):
-    folder = pictures(tmp_path / "pets", ["dog", "cat"])
+    folder = pictures(tmp_path / "pets", ["dog", "$cat_$"])
     out = tmp_path / "out"
     more = "--size 16 --labels --epochs 1 --batch-size 5 --T 10 --width 4 --steps 2 --device cpu"
     ddpm.main(["--data", str(folder), "--out", str(out), *more.split()])
