@@ -325,6 +325,18 @@ def test_more_epochs_train_on_and_a_stop_changes_nothing(digits, tmp_path, capsy
     same(checkpoint(whole), checkpoint(parts))
 
 
+def test_a_stopped_run_can_end_where_it_is(digits, tmp_path, capsys):
+    def stop(model, epoch):
+        if epoch == 3:
+            raise KeyboardInterrupt
+        return {}
+
+    with pytest.raises(KeyboardInterrupt):
+        train(digits, tmp_path, 5, stop)
+    _, history = train(digits, tmp_path, 2)
+    assert len(history) == 2 and "is finished" in capsys.readouterr().out
+
+
 def test_fewer_epochs_than_are_done_is_an_error(digits, tmp_path):
     train(digits, tmp_path, 2)
     before = (tmp_path / "ddpm.pt").read_bytes()
