@@ -505,7 +505,8 @@ def test_a_flag_that_contradicts_the_checkpoint(trained, digits, tmp_path, capsy
     def contradicts(flag, given, saved, *more):
         argv = [*flags(digits, tmp_path), *more, flag, given]
         name = flag.strip("-").replace("-", "_")
-        refused(capsys, argv, f"{path} has {name} {saved}, not {given}", "leave out", "--fresh")
+        anew = () if "--sample" in more else ("--fresh",)
+        refused(capsys, argv, f"{path} has {name} {saved}, not {given}", "leave out", *anew)
 
     contradicts("--latent-dim", 3, 2)
     contradicts("--latent-dim", 20, 2, "--sample", 64)
