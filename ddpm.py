@@ -90,7 +90,7 @@ class DDPM(nn.Module):
 
     net: called as net(xt, t) with t (B,), it gives ε_θ(x_t, t), like xt.  It can be anything:
         DDPM(my_transformer)
-        DDPM(lambda xt, t: (1 + w) * conditional(xt, t) - w * unconditional(xt, t))
+        DDPM(lambda xt, t: (a.net(xt, t) + b.net(xt, t)) / 2, schedule=a.alpha_bar)
     schedule: "linear" or "cosine", for T steps; or a table ᾱ_0 ... ᾱ_T, which falls from 1 and
     whose length gives T.
     variance: σ_t² of p, "posterior" or "beta" (Ho, section 3.2).
@@ -322,9 +322,11 @@ def build(settings):
     """The DDPM of a run's settings, a dict.  To try another network, change this function."""
     alpha_bar = make_alpha_bar(settings["schedule"], settings["T"])
     channels = settings["shape"][0]
-    net = UNet(3 * channels, channels, settings["width"])
+    # Preconditioned gives the network three planes for each channel, and takes its output for v.
     if settings["classes"]:
         net = LabelledUNet(3 * channels, channels, settings["width"], len(settings["classes"]))
+    else:
+        net = UNet(3 * channels, channels, settings["width"])
     net.to(memory_format=torch.channels_last)  # the layout of fast convolutions
     chosen = {name: settings[name] for name in ("variance", "weighting", "shape")}
     return DDPM(Preconditioned(net, alpha_bar), schedule=alpha_bar, **chosen)

@@ -352,7 +352,7 @@ CHANGES = {
         'net = UNet(3 * channels, channels, settings["width"])',
         "net = nn.Sequential(nn.Conv2d(3 * channels, 8, 3, padding=1), nn.SiLU(), "
         "nn.Conv2d(8, channels, 3, padding=1))\n"
-        "    net.forward = lambda x, t: net[2](net[1](net[0](x)))",
+        "        net.forward = lambda x, t: net[2](net[1](net[0](x)))",
     ),
     "another loss": (
         "error = (eps - self.net(xt, t, *more)) ** 2",
