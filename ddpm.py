@@ -587,7 +587,8 @@ def sample_beyond(model, n, steps=None, eta=1.0, order=1, labels=None, guidance=
         return xT
     if labels is not None or guidance:
         model = guided(model, labels, guidance)
-    *_, (_, x0, _) = trajectory(model, xT, model.times(steps), eta, order)
+    for _, xt, _ in trajectory(model, xT, model.times(steps), eta, order):
+        x0 = xt  # only the last one is kept: all of a long trajectory would be gigabytes
     return to_image(x0)
 
 

@@ -4,6 +4,7 @@ import math
 import shutil
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -91,6 +92,20 @@ def test_the_second_order_step_takes_the_extrapolated_guess(eta):
         if s > 0:
             x = x + sigma2.sqrt() * torch.randn_like(x)
     torch.testing.assert_close(found[-1], x, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("options", [{}, {"steps": 50}, {"order": 2}])
+def test_sampling_keeps_no_trajectory(options):
+    seen = []
+    alive = []
+
+    def net(xt, t):
+        seen.append(weakref.ref(xt))
+        alive.append(sum(each() is not None for each in seen))
+        return 0 * xt
+
+    ddpm.DDPM(net, T=50, shape=TINY).sample(2, **options)
+    assert len(seen) == 50 and max(alive) <= 3
 
 
 def test_an_order_that_does_not_exist_is_named():
