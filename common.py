@@ -157,11 +157,12 @@ def find_pictures(folder, out):
 
 
 def _digest(folder, out):
-    """A digest of the names and sizes of all pictures below folder."""
+    """A digest of the names and sizes of all pictures below folder, and how many there are."""
     pictures, _ = find_pictures(folder, out)
     pictures = [path for path in pictures if os.path.exists(path)]  # a link may be broken
     listed = [(str(path.relative_to(folder)), path.stat().st_size) for path in pictures]
-    return hashlib.sha256(repr(listed).encode("utf-8", "surrogateescape")).hexdigest()[:16]
+    listing = repr(listed).encode("utf-8", "surrogateescape")
+    return hashlib.sha256(listing).hexdigest()[:16], len(listed)
 
 
 def _read_picture(path, size):
@@ -340,25 +341,38 @@ def plot_grid(x, path, title, columns=10):
 
 
 @plain_style
-def plot_rows(rows, path, title, columns=()):
-    """One row of images for each of rows, {label: x}; columns: labels on top."""
+def plot_rows(rows, path, title, columns=(), notes=None):
+    """One row of images for each of rows, {label: x}.
+
+    columns: labels on top.  notes: {label: texts}, in white at the lower edge of a row's images.
+    """
     x = torch.cat([row.detach().cpu().float() for row in rows.values()])
-    figure, _ = _picture(x, len(x) // len(rows), title, top=columns, left=list(rows))
+    H, W = x.shape[2:]
+    figure, axes = _picture(x, len(x) // len(rows), title, top=columns, left=list(rows))
+    for row, label in enumerate(rows):
+        for column, text in enumerate((notes or {}).get(label, ())):
+            place = 2 + column * (W + 2) + W / 2, (row + 1) * (H + 2) - 1
+            axes.text(*place, text, color="white", fontsize=6, ha="center", va="bottom")
     save_figure(figure, path)
 
 
 @plain_style
-def plot_curves(history, curves, path, title, ylabel):
-    """One line over the epochs for each of curves, {label: key of a row of history}."""
-    figure = Figure(figsize=(6, 4), dpi=130, layout="constrained")
-    axes = figure.subplots()
+def plot_curves(history, curves, path, title, yscale="linear"):
+    """Lines over the epochs.  curves: {label of a panel: {label: key of a row of history}}."""
+    figure = Figure(figsize=(6, 2 + 2 * len(curves)), dpi=130, layout="constrained")
+    figure.suptitle(title)
+    panels = figure.subplots(len(curves), sharex=True, squeeze=False)[:, 0]
     epochs = [row["epoch"] for row in history]
-    for label, key in curves.items():
-        axes.plot(epochs, [row[key] for row in history], marker=".", label=label)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    axes.set(title=title, xlabel="epoch", ylabel=ylabel)
-    axes.grid(alpha=0.3)
-    axes.legend()
+    for axes, (ylabel, lines) in zip(panels, curves.items(), strict=True):
+        for label, key in lines.items():
+            axes.plot(epochs, [row[key] for row in history], marker=".", label=label)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        axes.set(ylabel=ylabel, yscale=yscale)
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("{x:g}")
+        axes.grid(alpha=0.3, which="both")
+        axes.legend()
+    axes.set_xlabel("epoch")
     save_figure(figure, path)
 
 
@@ -621,7 +635,11 @@ def find_run(args, path, default, code):
         folder = Path(settings.data)
         if not os.path.isdir(folder):
             raise InputError(f"no --data {folder}: choose {', '.join(SETS)} or a folder")
-        settings.pictures = _digest(folder, args.out)
+        settings.pictures, count = _digest(folder, args.out)
+        if not saved and args.epochs is None:
+            # A small folder needs more epochs for as many updates as MNIST's 60,000 images give.
+            count = max(1, min(count, settings.limit or count))
+            settings.epochs = min(1000, math.ceil(settings.epochs * 60000 / count))
         if saved and settings.pictures != saved["settings"]["pictures"]:
             raise InputError(
                 f"the pictures in {folder} have changed since {path} was trained: --fresh trains "

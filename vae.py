@@ -2,6 +2,7 @@
 
   python vae.py                                    train, or go on with a stopped run; then draw
   python vae.py --latent-dim 20 --out results/z20  better images, but no map of the latents
+  python vae.py --network conv --latent-dim 20 --out results/conv     convolutions: still better
   python vae.py --sample 64 --seed 1               draw 64 images from the checkpoint in results/
 
 KW is Kingma & Welling 2014, "Auto-Encoding Variational Bayes" (arXiv:1312.6114).
@@ -31,12 +32,14 @@ import common
 
 SETTINGS = {
     "latent_dim": 2,  # small enough to draw a map of the latents
+    "network": "mlp",  # as in the course report; "conv" has convolutions
     "likelihood": "bernoulli",  # p(x|z); "gaussian" is the other one
     "kl_weight": 1.0,  # of the KL in the loss.  The loss is -ELBO only at 1
     "epochs": 100,  # as in the course report that this repository redoes
     "batch_size": 256,
     "lr": 1e-3,  # at the start; it falls to 0 along half a cosine
 }
+NETWORKS = ("mlp", "conv")
 LIKELIHOODS = ("bernoulli", "gaussian")
 
 
@@ -71,26 +74,66 @@ def log_normal(x, mu, logvar):
 # ---- the model
 
 
+def mlp(latent_dim, shape):
+    """An encoder and a decoder of three layers each: (B, D) -> (B, 2 latent_dim), and back."""
+    D = math.prod(shape)
+    down = [nn.Linear(D, 512), nn.ReLU(), nn.Linear(512, 256), nn.ReLU()]
+    up = [nn.Linear(latent_dim, 256), nn.ReLU(), nn.Linear(256, 512), nn.ReLU()]
+    return (
+        nn.Sequential(*down, nn.Linear(256, 2 * latent_dim)),
+        nn.Sequential(*up, nn.Linear(512, D)),
+    )
+
+
+def conv(latent_dim, shape, width=32):
+    """The same of convolutions, by way of a quarter of the resolution.
+
+    ValueError unless the images' height and width are multiples of 4.
+    """
+    C, H, W = shape
+    if H % 4 or W % 4:
+        raise ValueError(f"height and width must be multiples of 4, not {H} and {W}")
+    low = (2 * width, H // 4, W // 4)
+    resize = {"kernel_size": 4, "stride": 2, "padding": 1}  # by a factor of 2
+    encoder = nn.Sequential(
+        nn.Unflatten(1, tuple(shape)),
+        nn.Conv2d(C, width, **resize),
+        nn.ReLU(),
+        nn.Conv2d(width, 2 * width, **resize),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(math.prod(low), 2 * latent_dim),
+    )
+    decoder = nn.Sequential(
+        nn.Linear(latent_dim, math.prod(low)),
+        nn.ReLU(),
+        nn.Unflatten(1, low),
+        nn.ConvTranspose2d(2 * width, width, **resize),
+        nn.ReLU(),
+        nn.ConvTranspose2d(width, C, **resize),
+        nn.Flatten(),
+    )
+    return encoder, decoder
+
+
 class VAE(nn.Module):
-    """An encoder and a decoder, each an MLP of three layers.
+    """An encoder, a decoder and the bound.
 
     latent_dim: the size of z.  likelihood: "bernoulli", where the decoder gives each pixel's
     probability of white, or "gaussian", where it gives each pixel's mean.  shape: (C, H, W) of an
-    image. ValueError for any other value.
+    image. network: "mlp" or "conv".  ValueError for any other value.
     """
 
-    def __init__(self, latent_dim=2, likelihood="bernoulli", shape=(1, 28, 28)):
+    def __init__(self, latent_dim=2, likelihood="bernoulli", shape=(1, 28, 28), network="mlp"):
         super().__init__()
         common.check_range("latent_dim", latent_dim, 1)
         common.check_choice("likelihood", likelihood, LIKELIHOODS)
+        common.check_choice("network", network, NETWORKS)
         self.latent_dim = latent_dim
         self.likelihood = likelihood
         self.shape = tuple(shape)
-        D = math.prod(shape)
-        down = [nn.Linear(D, 512), nn.ReLU(), nn.Linear(512, 256), nn.ReLU()]
-        up = [nn.Linear(latent_dim, 256), nn.ReLU(), nn.Linear(256, 512), nn.ReLU()]
-        self.encoder = nn.Sequential(*down, nn.Linear(256, 2 * latent_dim))
-        self.decoder = nn.Sequential(*up, nn.Linear(512, D))
+        make = mlp if network == "mlp" else conv
+        self.encoder, self.decoder = make(latent_dim, shape)
         if likelihood == "gaussian":
             # log σ² of p(x|z), one number for all pixels, is learned (Rybkin et al. 2021).
             self.logvar_x = nn.Parameter(torch.tensor(-2.0))
@@ -117,7 +160,8 @@ class VAE(nn.Module):
 
     def logits(self, z):
         """The decoder's output before the sigmoid: z (..., latent_dim) -> (..., D)."""
-        return self.decoder(z).to(z.dtype)
+        h = self.decoder(z.reshape(-1, self.latent_dim))  # convolutions know a single batch axis
+        return h.to(z.dtype).view(*z.shape[:-1], math.prod(self.shape))
 
     def log_likelihood(self, x, z):
         """log p(x|z) in nats: x (B, C, H, W), z (..., B, latent_dim) -> (..., B)."""
@@ -140,7 +184,7 @@ class VAE(nn.Module):
     def sample(self, n):
         """n images (n, C, H, W) in [0, 1]: means of p(x|z) for z ~ p(z).  ValueError for n < 0."""
         common.check_range("n", n, 0)
-        device = self.encoder[0].weight.device
+        device = self.encoder[-1].weight.device
         z = torch.randn(n, self.latent_dim, device=device)  # z ~ p(z) = N(0, I)
         return self.decode(z)
 
@@ -176,7 +220,9 @@ class VAE(nn.Module):
 
 def build(settings):
     """The VAE of a run's settings, a dict.  To try another network, change this function."""
-    return VAE(settings["latent_dim"], settings["likelihood"], settings["shape"])
+    network = settings.get("network", "mlp")  # older checkpoints do not name it
+    model = VAE(settings["latent_dim"], settings["likelihood"], settings["shape"], network)
+    return model.to(memory_format=torch.channels_last)  # the layout of fast convolutions
 
 
 # ---- the training loop
@@ -297,14 +343,10 @@ def draw(model, history, args, device):
     x = x_test[:12] / 255
     rows = {"test image": x, "decoded μ(x)": model.decode(model.encode(x)[0])}
     common.plot_rows(rows, out / "vae_reconstructions.png", f"{name}: reconstructions")
-    curves = {
-        "log-likelihood, training": "train_reconstruction",
-        "log-likelihood, test": "test_reconstruction",
-        "KL, training": "train_kl",
-        "KL, test": "test_kl",
-    }
-    ylabel = "terms of the ELBO, nats per image"
-    common.plot_curves(history, curves, out / "vae_curves.png", name, ylabel)
+    likelihood = {"training": "train_reconstruction", "test images": "test_reconstruction"}
+    kl = {"training": "train_kl", "test images": "test_kl"}
+    curves = {"log-likelihood, nats": likelihood, "KL, nats": kl}
+    common.plot_curves(history, curves, out / "vae_curves.png", f"{name}: the ELBO's terms")
     if model.latent_dim == 2:
         mu = torch.cat([model.encode(batch / 255)[0] for batch in x_test.split(1000)])
         title = f"{name}:\nμ(x) of the test images; circles: 1 and 2 σ of the prior"
@@ -332,6 +374,7 @@ def parse(argv):
     parser = common.arguments(__doc__)
     add = parser.add_argument
     add("--latent-dim", type=common.number(int, 1, 512), help="size of z (2)")
+    add("--network", choices=NETWORKS, help="of encoder and decoder (mlp)")
     add("--likelihood", choices=LIKELIHOODS, help="p(x|z) (bernoulli)")
     add("--kl-weight", type=common.number(float, 0, 1000), help="weight of the KL in the loss (1)")
     return parser.parse_args(argv)

@@ -27,6 +27,7 @@ from torch import nn
 from torch.testing import assert_close
 
 import common
+import vae
 
 REPO = Path(__file__).resolve().parent.parent
 RAW = common.DATA_DIR / "MNIST" / "raw"
@@ -48,7 +49,7 @@ def load_data(data, root="", out="", **given):
     """As the scripts call it -> x_train, y_train, x_test, y_test."""
     settings = Namespace(**common.defaults(CPU) | {"data": str(data)} | given)
     if data not in common.SETS:
-        settings.pictures = common._digest(data, out)
+        settings.pictures, _ = common._digest(data, out)
     return common.load_data(settings, Namespace(data_dir=str(root), out=str(out)), CPU)
 
 
@@ -366,6 +367,7 @@ def test_the_digest_is_of_names_and_sizes(tmp_path):
     folder.mkdir()
     GRAY.save(folder / "a.png")
     before = common._digest(folder, "")
+    assert before[1] == 1
     (folder / "notes.txt").touch()
     (folder / ".hidden.png").touch()
     (folder / "gone.png").symlink_to("nothing")
@@ -479,8 +481,8 @@ def every_picture(out):
     """One of each kind, in the folder out -> {name: bytes}."""
     x = torch.linspace(0, 1, 64).view(4, 1, 4, 4)
     common.plot_grid(x, out / "grid.png", "a title")
-    common.plot_rows({"a": x, "b": x}, out / "rows.png", "")
-    common.plot_curves([{"epoch": 1, "loss": 3}], {"loss": "loss"}, out / "curves.png", "", "y")
+    common.plot_rows({"a": x, "b": x}, out / "rows.png", "", notes={"b": "1234"})
+    common.plot_curves([{"epoch": 1, "loss": 3}], {"y": {"loss": "loss"}}, out / "curves.png", "")
     common.plot_latent(x.view(-1, 2), torch.arange(32) % 10, out / "latent.png", "")
     common.save_gif({"$x_t$": x}, out / "x.gif", "", "abcd")
     return {path.name: path.read_bytes() for path in out.iterdir()}
@@ -506,7 +508,8 @@ def test_a_disk_that_is_full_when_pictures_are_drawn(tmp_path, monkeypatch):
     path = tmp_path / "x.png"
     refused(lambda: common.plot_grid(x, path, ""), path, "No space", "--out", "is kept")
     refused(lambda: common.plot_rows({"a": x}, path, ""), path, "No space")
-    refused(lambda: common.plot_curves([], {"loss": "loss"}, path, "", ""), path, "No space")
+    curves = {"y": {"loss": "loss"}}
+    refused(lambda: common.plot_curves([], curves, path, ""), path, "No space")
     refused(lambda: common.plot_latent(x[0, 0, :, :2], None, path, ""), path, "No space")
 
 
@@ -763,6 +766,27 @@ def test_changed_code_and_changed_pictures_are_refused(tmp_path):
     assert fresh["pictures"] != settings["pictures"]
     shutil.rmtree(tmp_path / "a")
     refused(lambda: open_run(path), f"no --data {tmp_path / 'a'}", "mnist", "kmnist")
+
+
+@pytest.mark.parametrize(
+    "given, epochs",
+    [
+        ({}, 900),
+        ({"limit": 300}, 900),
+        ({"limit": 190}, 948),
+        ({"limit": 2}, 1000),
+        ({"epochs": 4}, 4),
+    ],
+)
+def test_a_folder_is_trained_on_for_as_many_updates_as_mnist(tmp_path, given, epochs):
+    (tmp_path / "a").mkdir()
+    for i in range(200):
+        (tmp_path / "a" / f"{i}.png").touch()
+    args = vae.parse(["--data", str(tmp_path / "a"), "--out", str(tmp_path)])
+    vars(args).update(given)
+    default = common.defaults(CPU) | {"epochs": 3}
+    settings, _ = common.find_run(args, tmp_path / "vae.pt", default, "")
+    assert settings.epochs == epochs
 
 
 SCRIPT = """

@@ -102,9 +102,10 @@ def test_log_bernoulli():
 # ---- the model
 
 
+@pytest.mark.parametrize("network", vae.NETWORKS)
 @BOTH
-def test_shapes_and_ranges(likelihood):
-    model = vae.VAE(5, likelihood, (3, 8, 4))
+def test_shapes_and_ranges(likelihood, network):
+    model = vae.VAE(5, likelihood, (3, 8, 4), network)
     x = torch.rand(2, 3, 8, 4)
     mu, logvar = model.encode(x)
     assert mu.shape == logvar.shape == model.reparameterize(mu, logvar).shape == (2, 5)
@@ -113,6 +114,21 @@ def test_shapes_and_ranges(likelihood):
     assert [term.shape for term in model.elbo_terms(x, samples=4)] == [(2,), (2,)]
     assert model.log_weights(x, samples=6).shape == (6, 2)
     assert [model.sample(n).shape for n in (7, 0)] == [(7, 3, 8, 4), (0, 3, 8, 4)]
+
+
+def test_a_convolution_sees_all_of_the_image_and_each_image_alone():
+    model = vae.VAE(3, shape=(2, 8, 12), network="conv")
+    x = torch.rand(4, 2, 8, 12, requires_grad=True)
+    mu, logvar = model.encode(x)
+    (gradient,) = torch.autograd.grad(mu[1, 0], x, retain_graph=True)
+    assert (gradient[1] != 0).float().mean() > 0.9 and not gradient[[0, 2, 3]].any()
+    assert_close(model.encode(x[1:2])[0], mu[1:2], rtol=1e-4, atol=1e-5)
+    z = torch.randn(5, 4, 3)
+    assert_close(model.decode(z)[3, 2], model.decode(z[3, 2]), rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="multiples of 4, not 8 and 10"):
+        vae.VAE(shape=(1, 8, 10), network="conv")
+    with pytest.raises(ValueError, match="network must be one of mlp, conv"):
+        vae.VAE(network="transformer")
 
 
 def outputs(model, x, eps):
@@ -295,7 +311,7 @@ def assert_same(out, other):
 
 SHARED = {"data": "mnist", "pictures": None, "size": 32, "limit": None, "seed": 0}
 SHARED |= {"precision": "float32"}
-REPORTS = {"latent_dim": 2, "likelihood": "bernoulli", "kl_weight": 1}
+REPORTS = {"network": "mlp", "latent_dim": 2, "likelihood": "bernoulli", "kl_weight": 1}
 REPORTS |= {"epochs": 100, "batch_size": 256, "lr": 1e-3}
 
 
@@ -404,8 +420,9 @@ def test_the_pictures_show_what_they_say(trained, digits, data, tmp_path, monkey
     torch.manual_seed(7)
     assert_close(shown["plot_grid"][0], model.sample(100))
     rows, curves, *_ = shown["plot_curves"]
-    assert rows == history and set(curves.values()) == set(history[0]) - {"epoch", "seconds"}
-    assert curves["KL, test"] == "test_kl" and curves["KL, training"] == "train_kl"
+    keys = [key for panel in curves.values() for key in panel.values()]
+    assert rows == history and set(keys) == set(history[0]) - {"epoch", "seconds"}
+    assert curves["KL, nats"] == {"training": "train_kl", "test images": "test_kl"}
 
 
 # ---- the same command goes on
