@@ -568,7 +568,7 @@ def test_a_sampler_can_start_and_end_anywhere():
 
 def test_the_chosen_times_fall_and_no_two_are_alike():
     model, _ = spied("posterior", T=100)
-    assert model.times(5) == [100, 72, 46, 25, 9, 0]  # 100 (i/5)^1.5
+    assert model.times(5) == [100, 64, 36, 16, 4, 0]  # 100 (i/5)²
     assert model.times() == model.times(100) == list(range(100, -1, -1))
     for steps in range(1, 101):
         times = model.times(steps)
@@ -601,12 +601,20 @@ def test_sample_takes_one_evaluation_a_step(steps, eta, expected):
     close(x, (x0 / 2 + 0.5).clamp(0, 1), rtol=1e-6, atol=1e-6)
 
 
-def test_sample_many_draws_every_image_by_50_steps():
+def test_sample_many_draws_every_image_by_20_steps_of_second_order():
     model, seen = spied(T=60)
     x = ddpm.sample_many(model, 1003)
     assert x.shape == (1003, *TINY) and x.unique(dim=0).shape == x.shape
-    assert [len(t) for _, t in seen] == [500] * 50 + [500] * 50 + [3] * 50
-    assert ddpm.sample_many(model, 2, 4).shape == (2, *TINY) and len(seen) == 154
+    assert [len(t) for _, t in seen] == [500] * 20 + [500] * 20 + [3] * 20
+    for steps, order in (4, 2), (60, 1):  # all T steps are Ho's
+        seen.clear()
+        torch.manual_seed(3)
+        x = ddpm.sample_many(model, 2, steps, 0.5)
+        assert len(seen) == steps
+        torch.manual_seed(3)
+        expected = ddpm.sample_beyond(model, 2, steps, 0.5, order)
+        assert torch.equal(x, expected)
+        assert not torch.equal(x, ddpm.sample_beyond(model, 2, steps, 0.5, 3 - order))
 
 
 # ---- another implementation: float32 tables, t from 0
@@ -1170,11 +1178,11 @@ def test_sample_draws_from_the_checkpoint(finished, monkeypatch):
     assert (out / "ddpm_sample.png").exists()
     model = ddpm.load(finished)
     torch.manual_seed(0)
-    assert torch.equal(first, model.sample(12, 3))
+    assert torch.equal(first, model.sample(12, 3, order=2))
     torch.manual_seed(1)
-    assert torch.equal(others[0], model.sample(12, 3))
+    assert torch.equal(others[0], model.sample(12, 3, order=2))
     torch.manual_seed(0)
-    assert torch.equal(others[1], model.sample(12, 3, eta=0.0))
+    assert torch.equal(others[1], model.sample(12, 3, eta=0.0, order=2))
 
 
 def test_more_steps_than_there_are_is_one_line(finished, digits, tmp_path):
