@@ -1,11 +1,15 @@
 """Speed of a loss and its gradient beside the machine's own best: a table in markdown.
 
-python tests/benchmark.py [--device cuda]    by hand, on a machine that does nothing else
+Run it by hand, on a machine that does nothing else:
+
+  python tests/benchmark.py [--device cuda]
+  python tests/benchmark.py --until 20    also trains the DDPM until its samples are that good
 """
 
 import argparse
 import statistics
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -15,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common  # noqa: E402
+import compare  # noqa: E402
 import ddpm  # noqa: E402
 import vae  # noqa: E402
 
@@ -85,9 +90,40 @@ def jobs(device):
     yield "vae.py", B, model, minus_elbo
 
 
+class ReachedError(Exception):
+    """Ends the training of seconds_until."""
+
+
+def seconds_until(distance, device):
+    """Trains the DDPM of this device's recipe until samples have this Fréchet distance.
+
+    -> seconds of training and of drawing samples; the distance after each epoch; their number.
+    """
+    with tempfile.TemporaryDirectory() as out:
+        args = ddpm.parse(["--out", out, "--device", str(device)])
+        settings = common.Namespace(**ddpm.defaults(args, device))
+        data = common.load_data(settings, args, device)
+        yardstick = compare.Yardstick(*data, seed=0, most=compare.CURVE_OF[device.type])
+        curve = []
+
+        def watch(model, epoch):
+            curve.append(yardstick.distance(compare.draw_samples(model, yardstick.n, 0, device)))
+            if curve[-1] <= distance:
+                raise ReachedError(time.perf_counter() - started)
+            return {}
+
+        started = time.perf_counter()
+        try:
+            ddpm.train(args, device, watch)
+            raise SystemExit(f"{distance:g} was not reached: {curve}")
+        except ReachedError as reached:
+            return reached.args[0], curve, yardstick.n
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (auto)")
+    parser.add_argument("--until", type=float, help="Fréchet distance to train to (no training)")
     args = parser.parse_args()
     device = common.pick_device(args.device)
     torch.set_flush_denormal(True)
@@ -116,6 +152,11 @@ def main():
             share = flops(job) / seconds / peaks[backward]
             cells = f"{name}, {what}", f"{1000 * seconds:.1f}", f"{B / seconds:,.0f}"
             print(f"| {' | '.join(cells)} | {share:.0%} |", flush=True)
+    if args.until:
+        seconds, curve, n = seconds_until(args.until, device)
+        shown = ", ".join(f"{each:.1f}" for each in curve)
+        print(f"\nFréchet distance of {n} samples {args.until:g} or less after {seconds:.0f} s of")
+        print(f"training and drawing samples; after each epoch: {shown}")
 
 
 if __name__ == "__main__":
