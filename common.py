@@ -34,7 +34,7 @@ from torchvision import datasets
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
-# torchrun starts several processes: this one's number, that on its machine, their count.
+# torchrun starts several processes: this one's rank, its rank on its machine, and their number.
 TORCHRUN = dist.is_available() and dist.is_torchelastic_launched()
 RANK = int(os.environ["RANK"]) if TORCHRUN else 0
 LOCAL_RANK = int(os.environ["LOCAL_RANK"]) if TORCHRUN else 0
@@ -205,7 +205,7 @@ def _to_8_bits(pixels, unsigned=False):
 
 @functools.lru_cache
 def _read_folder(folder, size, seed, out, digest):
-    """All pictures below folder, the seed holds out a tenth of them -> like load_data.
+    """All pictures below folder, a tenth of them held out by the seed -> like load_data.
 
     digest identifies the pictures, so that they are read again if they change.
     """
@@ -592,7 +592,7 @@ def fingerprint(file):
 def open_run(args, path, default, code):
     """What a run trains with, and what its checkpoint at path already holds: see find_run.
 
-    It logs where the run goes on.  InputError, too, if another process is writing to path.
+    It logs where the run resumes.  InputError, too, if another process is writing to path.
     """
     settings, saved = find_run(args, path, default, code)
     done = len(saved["history"]) if saved else 0
@@ -692,10 +692,11 @@ def save_checkpoint(path, settings, history, code="", **parts):
     parts: what has a state_dict, model among them.  InputError where the disk is full, or the last
     losses or weights are not finite.
     """
-    values = [torch.tensor(list(history[-1].values())), *parts["model"].parameters()]
+    numbers = [value for value in history[-1].values() if not isinstance(value, str)]
+    values = [torch.tensor(numbers), *parts["model"].parameters()]
     if not all(value.isfinite().all() for value in values):
         raise InputError(
-            f"not finite in epoch {len(history)}: lower --lr; {path} is as it was before"
+            f"loss or weights not finite in epoch {len(history)}: lower --lr; {path} is unchanged"
         )
     if RANK > 0:
         return
@@ -726,7 +727,7 @@ def load_checkpoint(path, kind):
         raise InputError(f"no checkpoint {path}: train first, or say where it is") from None
     except OSError as error:
         raise InputError(f"cannot read {path} ({error})") from None
-    foreign = InputError(f"{path} is no checkpoint of {kind}.py: choose another --out")
+    foreign = InputError(f"{path} is not a checkpoint of {kind}.py: choose another --out")
     if head.startswith(b"version https://git-lfs"):
         raise InputError(f"{path} is only a pointer to the file: run git lfs pull")
     if head and not head.startswith(b"PK"):  # a zip file, as torch writes them
@@ -817,12 +818,12 @@ def arguments(doc):
     add("--epochs", type=number(int, 1, 10**5), help="passes over the images")
     add("--batch-size", type=number(int, 1, 10**6), help="images per update, over all processes")
     add("--lr", type=number(float, 1e-8, 1), help="highest learning rate of Adam")
-    add("--seed", type=number(int, 0, 10**9), help="of all random numbers (0)")
+    add("--seed", type=number(int, 0, 10**9), help="seed of all random numbers (0)")
     add("--device", default="auto", help="cpu, cuda, cuda:N or mps (auto: a GPU, if any)")
     add(
         "--precision",
         choices=PRECISIONS,
-        help="of convolutions and products (whichever is faster)",
+        help="for convolutions and matrix products (the faster)",
     )
     add("--compile", action="store_true", help="torch.compile, for a GPU")
     add("--fresh", action="store_true", help="train anew, and replace what is in --out")
@@ -844,9 +845,9 @@ def run(main):
         sys.exit("error: " + _readable(" ".join(str(error).split())))  # one line
     except BrokenPipeError:
         sys.stdout = None  # nothing more can be said there
-        sys.exit("error: the output was closed; the same command goes on")
+        sys.exit("error: the output was closed; run the same command to resume")
     except KeyboardInterrupt:
-        going_on = ": the same command goes on after the last finished epoch"
+        going_on = ": run the same command to resume after the last finished epoch"
         if any(flag.startswith(("--sample", "--fresh")) for flag in sys.argv):
             going_on = ""  # nothing was trained, or it would be trained anew
         sys.exit(f"\nstopped{going_on}")

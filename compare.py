@@ -1,7 +1,7 @@
 """The comparison of the course report, measured: a VAE and a DDPM beside real digits.
 
 Trains a DDPM, the report's VAE (an MLP with 2 latent numbers) and a convolutional VAE with 20
-(in OUT/conv), or goes on with those that are there.  It writes report.md, results.json and
+(in OUT/conv), or resumes those that are there.  It writes report.md, results.json and
 figures into OUT.
 
   python compare.py                  with the defaults of ddpm.py
@@ -33,10 +33,10 @@ from ddpm import to_image, to_model
 
 # ---- settings
 
-MOST = 10000  # images of a row of the table
-CURVE_OF = {"cuda": 10000, "cpu": 2000}  # images of a point of the curve of quality
-BITS_OF = {"cuda": 2000, "cpu": 128}  # test images of the bound: a thousand evaluations for each
-SAMPLERS_OF = {"cuda": 10000, "cpu": 500}  # images of a cell of the table of samplers
+MOST = 10000  # images per row of the table
+CURVE_OF = {"cuda": 10000, "cpu": 2000}  # images per point of the quality curve
+BITS_OF = {"cuda": 2000, "cpu": 128}  # test images for the bound, a thousand evaluations each
+SAMPLERS_OF = {"cuda": 10000, "cpu": 500}  # images per cell of the table of samplers
 COUNTED = 20000  # training images on which the histograms of the bound are counted
 COPIES = 2000  # images that are searched for copies: comparing all pixels of all pairs is slow
 RETURNED = 500  # test images that are encoded and decoded
@@ -78,7 +78,7 @@ def open_runs(args, device):
             settings, _ = common.find_run(run, out / file, {}, script.CODE)
             stored[name] = vars(settings)
             if any(stored[name][flag] != value for flag, value in own.items()):
-                raise common.InputError(f"{out / file} is not of {own}: choose another --out")
+                raise common.InputError(f"{out / file} differs from {own}: choose another --out")
 
     for flag in SHARED:
         values = [settings[flag] for settings in stored.values()]
@@ -148,7 +148,7 @@ def draw_samples(model, n, seed, device, precision=None):
 
 
 def timed_samples(model, n, seed, device, precision=None):
-    """draw_samples, and the ms for each: the median of as many draws as fill 0.2 s."""
+    """draw_samples, and the ms for each: the median of repeated draws that fill 0.2 s."""
     draw_samples(model, 1, seed, device, precision)  # to warm up
     seconds = []
     while sum(seconds) < 0.2:
@@ -213,8 +213,8 @@ def describe(device):
 def watcher(yardstick, last, device, precision=None):
     """What train calls after each epoch: points of a curve at 1, 2, 3, 5, 7, 10, 15, ... and last.
 
-    A point has the samples' Fréchet distance, and by how much it exceeds that of as many real
-    training digits, which is what is left to learn; and the device that trains.
+    A point has the samples' Fréchet distance, its excess over that of as many real training digits
+    (this is what is left to learn), and the device that trains.
     """
     n = min(CURVE_OF[device.type], yardstick.n)
     floor = yardstick.distance(yardstick.control[:n])
@@ -260,7 +260,7 @@ def training_numbers(model, history, vae_history, images):
     equal = own = None
     if reached and vae_reached:
         equal = seconds_until(usual, min(vae_reached))
-    if reached and reached[-1] > 0:  # below 0 it is within the noise, and 1.5 times it no aim
+    if reached and reached[-1] > 0:  # an excess below 0 is noise, and no target
         own = seconds_until(usual, 1.5 * reached[-1])
     batch_size = min(model.settings["batch_size"], images)
     return {
@@ -334,8 +334,8 @@ def fit(model, inputs, labels, steps, lr, weight_decay, shift=0):
 def told_apart(make_critic, real, fake, seed):
     """How often a critic that was trained on half of both sets is right about the other halves.
 
-    ½: it cannot tell them apart.  real and fake are what the network that make_critic() gives
-    takes, (N, ...) each.  Lopez-Paz & Oquab 2017, section 3
+    ½: it cannot tell them apart.  real and fake, (N, ...) each, are inputs of the network that
+    make_critic() returns.  Lopez-Paz & Oquab 2017, section 3
     """
     n = min(len(real), len(fake)) // 2
     learned = torch.cat([real[:n], fake[:n]])
@@ -384,9 +384,9 @@ def coverage(samples, real, k=5):
 class Yardstick:
     """Measures images against test images and three parts of the training images.
 
-    The parts are the same for all seeds.  known: those on which the reader, a classifier of
-    digits, is trained, and which "far" is far from; critics: those that samples are told from;
-    control: a row of the table.  n: images of all parts but the first.
+    The parts are the same for all seeds.  known: the reader, a classifier of
+    digits, is trained on these, and "far" is the distance to them; critics: the critics learn to
+    tell samples from these; control: a row of the table.  n: images in each part but the first.
     """
 
     def __init__(self, x_train, y_train, x_test, y_test, seed, most):
@@ -739,14 +739,14 @@ def reconstructions(models, x):
             t = times[start]
             x0 = to_model(x)
             xt = model.q_sample(x0, t, torch.randn_like(x0))
-            *_, (_, back, _) = model.trajectory(xt, times[start:])
+            *_, (_, back, _) = model.trajectory(xt, times[start:], order=2)
             rows[f"DDPM, noise to t = {t} and back"] = to_image(back)
     return rows
 
 
 @common.plain_style
 def figure_1(model, x, labels, out, title):
-    """The report's, of x (N, C, H, W) in [0, 1]: ε, the same for all, z, the mean of p(x|z)."""
+    """The report's figure 1, for x (N, C, H, W) in [0, 1]: ε (one for all), z, means of p(x|z)."""
     eps = torch.randn(200, 2, device=x.device)
     eps = eps[eps[:, 0].argsort()]
     crosses = [0, 100, 199]  # the least, the median and the greatest ε_1
@@ -774,7 +774,7 @@ def figure_1(model, x, labels, out, title):
 
 @torch.no_grad()
 def figure_2(model, yardstick, images, labels, out, title):
-    """The report's, of images picked by relative_error."""
+    """The report's figure 2, for images picked by relative_error."""
     x = images / 255
     again = torch.cat([there_and_back(model, batch) for batch in x.split(1000)])
     error = relative_error(x, again)
@@ -787,7 +787,7 @@ def figure_2(model, yardstick, images, labels, out, title):
     names = []
     for kind, i in zip(kinds, picks, strict=True):
         names.append(f"{kind}:\n{labels[i]}, read as {found[i]}")
-    title = f"{title}: the misread digits with the most\nand the least error, the others' median"
+    title = f"{title}: misread digits with the largest\nand smallest error; median of the others"
     rows = {TEST: x[picks], "reconstructions": again[picks]}
     common.plot_rows(rows, out / "figure2_reconstructions.png", title, names)
 
@@ -820,14 +820,15 @@ def draw_figures(results, out):
         curve = [row for row in steady(history) if row.get("excess", 0) > 0]  # for a log axis
         line = [row["seconds"] for row in curve], [row["excess"] for row in curve]
         lines[f"{label}, {results['rows'][label]['trained on']}"] = line
-    title = f"{name}: quality against time of training"
-    ylabel = f"Fréchet distance of {results['curve n']} samples\nin excess of real digits'"
+    title = f"{name}: quality against training time"
+    ylabel = f"Fréchet distance of {results['curve n']} samples\nminus that of real digits"
     plot_lines(lines, {}, out / "quality.png", title, "seconds of training", ylabel)
 
     rows = results["bits"]
     chains = results["chains"]
-    totals = [chain["total"] for chain in chains.values()]
-    lines = {"DDPM, the best of at most K steps": ([int(K) for K in chains], totals)}
+    points = [(int(K), chain["total"]) for K, chain in chains.items()]
+    lines = {"DDPM, the best of at most K steps": zip(*points[:-1], strict=True)}
+    lines["DDPM, all its steps"] = zip(points[-1], strict=True)
     for label in VAES:
         lines[label] = [1], [rows[label]["total"]]
     levels = {POSITION: rows[POSITION]["total"]}
@@ -841,7 +842,7 @@ def draw_figures(results, out):
         places = [c + 0.2 * (i - 1.5) for c in range(10)]
         axes.bar(places, results["classes"][label], 0.2, label=label)
     title = f"{name}: classes of {results['n']} images each"
-    axes.set(title=title, xlabel="class that is read", ylabel="share", xticks=range(10))
+    axes.set(title=title, xlabel="class read by the classifier", ylabel="share", xticks=range(10))
     figure.legend(loc="outside lower center", ncols=4)
     common.save_figure(figure, out / "diversity.png")
 
@@ -851,7 +852,7 @@ def draw_pictures(models, samples, yardstick, data, name, out):
     """The figures of images."""
     x_train, x_test, y_test = data
     every = {TEST: yardstick.test, **samples}
-    title = f"{name}: the first ten from the seed; of VAEs, decoder means"
+    title = f"{name}: the first ten from the seed (VAEs: decoder means)"
     rows = {label: images[:10] / 255 for label, images in every.items()}
     common.plot_rows(rows, out / "figure3_samples.png", title)
     title = f"{name}: the first {min(30, yardstick.n)}"
@@ -869,7 +870,7 @@ def draw_pictures(models, samples, yardstick, data, name, out):
     title = f"{name}: the nearest of {len(known)} training images, and its distance"
     common.plot_rows(shown, out / "neighbours.png", title, notes=notes)
 
-    title = f"{name}: test images, there and back"
+    title = f"{name}: test images, encoded and decoded"
     common.plot_rows(
         reconstructions(models, x_test[:10] / 255), out / "reconstructions.png", title
     )
@@ -1032,7 +1033,7 @@ def table(rows, columns):
 
 LEGEND = """
 Lower is better, except for coverage.  "Told from real", "by shape alone" and "copied" are best
-where real digits are.
+at the value of real digits.
 
 - **told from real**: how often a small network that has to tell these images from real training
   digits is right.  It learns from one half of each set and is asked about the other half; 50 % is
@@ -1072,23 +1073,23 @@ def write_report(results, out):
     text = f"""# VAE and DDPM on {r["name"]}
 
 {r["date"]}, measured on {r["device"]}, seed {r["seed"]}, recipe `{r["recipe"]}`.
-This command took {r["seconds"] / 60:.1f} min, training before it not counted.
+This command took {r["seconds"] / 60:.1f} min, not counting earlier training.
 
 ## The report's claims
 
 {table(judged, columns)}
 
 A verdict needs a margin: 0.05 in a share, a factor of 2 in seconds and in errors, 5 % in bits/dim.
-"Close" is less than twice the margin: another seed may decide otherwise.  The VAE of a verdict is
-the 2-D one, as in the course report; in bits, it is the better of the two.  Fidelity must be
-higher in both columns, told from real and by shape alone; diversity is lacking if either number
-says so.
+"Close" is less than twice the margin: another seed may decide otherwise.  Verdicts compare the
+DDPM with the 2-D VAE, as in the course report; in bits, with the better of the two VAEs.  Fidelity
+must be higher in both columns, told from real and by shape alone; diversity is lacking if either
+number says so.
 
 ## Samples
 
 {table(r["rows"], SAMPLES)}
 
-Each row is of {r["n"]:,} images; for the VAEs they are decoder means.  The classifier reads
+Each row uses {r["n"]:,} images; for the VAEs they are decoder means.  The classifier reads
 {r["accuracy"]:.1%} of the test digits correctly.  For the DDPM, the rule "degenerate, therefore
 not real" is right {r["audit"]["DDPM"]["degenerate"]:.1%} of the time, and the better network
 {r["rows"]["DDPM"]["told from real"]:.1%}.
@@ -1106,9 +1107,9 @@ not real" is right {r["audit"]["DDPM"]["degenerate"]:.1%} of the time, and the b
 
 {table(models, TIMES)}
 
-Seconds of training alone, by the median epoch: the first one, and each after a stop, may wait
-for a compiler.  A multiply-add is one of the forward pass of one image.  The times depend on the
-device and on the batch.  "Its last" and "best" are the excess of the Fréchet distance of
+Seconds of training alone, based on the median epoch: the first one, and each one after a stop, may
+wait for a compiler.  Multiply-adds are those of one image's forward pass.  The times depend on the
+device and on the batch size.  "Its last" and "best" are the excess of the Fréchet distance of
 {r["curve n"]:,} samples over that of real digits ({r["curve floor"]:.1f}).  In all runs the
 learning rate falls to 0 over the epochs that were chosen, so a longer run reaches a given quality
 later: "its own best" depends on that choice.  On one RTX 3090, the course report's VAE took
@@ -1261,7 +1262,9 @@ def compare(args, device):
 
 def parse(argv):
     parser = common.arguments(__doc__)
-    parser.add_argument("--recipe", choices=list(ddpm.RECIPES), help="of ddpm.py (as there)")
+    parser.add_argument(
+        "--recipe", choices=list(ddpm.RECIPES), help="recipe of ddpm.py (default as there)"
+    )
     return parser.parse_args(argv)
 
 

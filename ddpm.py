@@ -1,21 +1,21 @@
 """A denoising diffusion model (DDPM) of handwritten digits, in the order of the paper.
 
-  python ddpm.py                            train, or go on with a stopped run; then draw pictures
+  python ddpm.py                            train, or resume a stopped run; then draw pictures
   python ddpm.py --recipe paper             Ho's own loss, L_simple, for 100 epochs
   python ddpm.py --sample 64 --seed 1       draw 64 images from the checkpoint in results/
 
 On an NVIDIA GPU the default recipe is `paper`.  Elsewhere it is `short`, which trains within
-minutes on a CPU: a smaller network in fewer epochs.  It does NOT minimize L_simple: it weighs the
-same error differently across t.
+minutes on a CPU: a smaller network in fewer epochs.  It does NOT minimize L_simple: it weights
+the same error differently across t.
 
 Ho is Ho, Jain & Abbeel 2020, "Denoising Diffusion Probabilistic Models" (arXiv:2006.11239).
 
 A VAE has one latent z, and learns both its encoder q(z|x) and its decoder p(x|z).  A DDPM has T
 latents x_1 ... x_T, each of the size of the image x_0.  Its encoder q(x_t|x_{t-1}) is fixed: it
 mixes in a little Gaussian noise, until x_T is nothing but noise.  Its decoder p(x_{t-1}|x_t) takes
-a little noise away.  One network, which is told t, is the decoder of all T steps.  Training it
-lowers the error of a guess at the noise, because the bound, which is that of the VAE with a term
-for each latent, is a sum of such errors:
+a little noise away.  One network, which is told t, is the decoder of all T steps.  Training
+lowers the error of its guess at the noise, and so lowers the bound, which is a sum of such errors.
+The bound is that of the VAE, with a term for each latent:
 
     -log p(x_0)  <=  L_T + Σ_{t=2..T} L_{t-1} + L_0                       Ho (3) and (5)
 
@@ -164,8 +164,9 @@ class DDPM(nn.Module):
     def sample(self, n, steps=None, eta=1.0, **more):
         """n images (n, C, H, W) in [0, 1], by all T steps: Ho, Algorithm 2.
 
-        Beyond the paper, fewer `steps` (as on the command line), less noise with `eta` < 1, and
-        what else sample_beyond takes.  ValueError for a value out of range.
+        The other arguments go beyond the paper: fewer `steps` (as on the command line), less noise
+        with `eta` < 1, and whatever else sample_beyond takes.  ValueError for a value out of
+        range.
         """
         common.check_range("n", n, 0)
         if n == 0 or steps is not None or eta != 1 or more:
@@ -336,10 +337,10 @@ def build(settings):
 
 
 def train(args, device, watch=None):
-    """Trains a DDPM, or goes on with a run that was stopped -> model, history.
+    """Trains a DDPM, or resumes a run that was stopped -> model, history.
 
     Ho, Algorithm 1.  args: as parse returns them.  The model has the averaged weights.  history is
-    a list with one dict an epoch: epoch, train_loss, test_loss (of the averaged weights), seconds
+    a list with one dict per epoch: epoch, train_loss, test_loss (of the averaged weights), seconds
     of training since the start, and what watch(model, epoch) returns.  After each epoch all of it
     is in OUT/ddpm.pt.
     """
@@ -365,15 +366,15 @@ def train(args, device, watch=None):
 
     N = len(x_train)
     B = min(settings.batch_size, N)
-    updates = N // B  # of an epoch, which leaves out the N % B images that do not fill a batch
+    updates = N // B  # per epoch; the N % B images that do not fill a batch are left out
     seconds = history[-1]["seconds"] if history else 0.0
     common.log(objective(settings))
-    common.log({"DDPM on": device, "updates an epoch": updates, **vars(settings)})
+    common.log({"DDPM on": device, "updates per epoch": updates, **vars(settings)})
     bar = common.progress(total=updates * settings.epochs, initial=updates * len(history))
     for epoch in range(len(history) + 1, settings.epochs + 1):
         started = time.perf_counter()
         total = torch.zeros((), device=device)
-        # Each epoch is seeded by itself, so that a run that was stopped draws the same numbers.
+        # Each epoch has its own seed, so that a resumed run draws the same random numbers.
         torch.manual_seed(10**6 * settings.seed + epoch)
         order = torch.randperm(N, device=device)[: updates * B].view(updates, B)
         for step, batch in enumerate(common.share(order), start=updates * (epoch - 1)):  # line 1
@@ -383,7 +384,7 @@ def train(args, device, watch=None):
             x0 = to_model(x_train[batch] / 255)  # line 2: (B, C, H, W) in [-1, 1]
             t = draw_t(len(x0), settings.T, settings.t, device)  # line 3: (B,) in 1 ... T
             eps = torch.randn_like(x0)  # line 4
-            more = some_labels(y_train, batch, settings)  # none, but for --labels
+            more = some_labels(y_train, batch, settings)  # empty without --labels
             with common.autocast(device, settings.precision):
                 loss = wrapped(x0, t, eps, *more)  # of line 5: DDPM.loss
 
@@ -483,7 +484,7 @@ class Preconditioned(nn.Module):
         return noise_rate * xt + signal_rate * v
 
 
-# ---- beyond the paper: other schedules, how training draws t, and what each t weighs
+# ---- beyond the paper: other schedules, how training draws t, and how each t is weighted
 
 SCHEDULES = ("linear", "cosine")
 WAYS = ("uniform", "focused")  # to draw t
@@ -519,8 +520,8 @@ def draw_t(n, T, way="uniform", device="cpu"):
 def loss_weights(alpha_bar, weighting, variance="posterior"):
     """The weights w_0 ... w_T of ‖ε - ε_θ‖², (T+1,) float64; w_0 is never used.
 
-    Given x_t, a guess at ε is also one at μ̃_t, at x_0 and at v.  Their errors are that of ε times
-    a factor that depends on t alone, so what the loss measures is a choice of weights (Kingma &
+    Given x_t, a guess at ε is also one at μ̃_t, at x_0 and at v.  The error of each is that of ε
+    times a factor that depends on t alone, so the weights decide what the loss measures (Kingma &
     Gao 2023, section 2): "bound" is L_{t-1} without its constant, "mu" ‖μ̃_t - μ_θ‖², "x0" ‖x_0 -
     x̂_0‖² and "v" ‖v - v_θ‖² with v = √ᾱ_t ε - √(1-ᾱ_t) x_0.  ValueError for another name.
     """
@@ -635,8 +636,8 @@ def log_ratio(model, t):
 def ddim_mean_variance(model, x0_hat, xt, t, s, eta):
     """The step with noise of variance η² β̃: mean like xt, variance a float.
 
-    More of the noise ε̂ that x_t already has replaces what is missing, so that x_s has as much
-    noise as with any eta.  eta = 1 is q_posterior.  Song et al. 2021, (12) and (16)
+    More of the noise ε̂ that x_t already has replaces what is missing, so that x_s has the same
+    amount of noise for every eta.  eta = 1 is q_posterior.  Song et al. 2021, (12) and (16)
     """
     _, beta_tilde = model.q_posterior(x0_hat, xt, t, s)
     variance = eta**2 * beta_tilde
@@ -756,8 +757,8 @@ def first_term(model, x0, times):
     xt = model.q_sample(x0, t, torch.randn_like(x0))
     mean, variance = model.p_mean_variance(xt, t, 0)
     if variance == 0:
-        # β̃_1 = 0 would be a decoder with no uncertainty, and Ho's code has σ_1² = β̃_2.  A
-        # sampler needs neither, because it adds no noise in its last step.
+        # With β̃_1 = 0 the decoder would have no uncertainty, so σ_1² = β̃_2, as in Ho's code.
+        # A sampler does not need this, because it adds no noise in its last step.
         if len(times) > 2:
             _, variance = model.q_posterior(0.0, 0.0, times[-3], t)
         else:
@@ -794,7 +795,7 @@ def vlb_terms(model, x0, times=None):
 
 
 def steps_and_order(model, steps=None):
-    """How pictures are drawn: STEPS second-order steps unless given; all T steps are Ho's."""
+    """How pictures are drawn: by default STEPS second-order steps; T steps are Ho's sampler."""
     steps = steps or min(STEPS, model.T)
     return steps, 1 if steps == model.T else 2
 
@@ -917,11 +918,11 @@ def parse(argv):
     add("--weighting", choices=WEIGHTINGS, help="weight of each t in the loss (the recipe's)")
     add("--width", type=number(int, 4, 1024), help="channels of the U-Net (the recipe's)")
     add("--T", type=number(int, 2, 10000), help="steps of the chain (1000)")
-    add("--schedule", choices=SCHEDULES, help="of the noise (linear)")
+    add("--schedule", choices=SCHEDULES, help="schedule of the noise (linear)")
     add("--labels", **common.SWITCH, help="tell the network the labels, so that it can draw one")
     add("--digit", help="with --sample: the label to draw (a row for each)")
     add("--guidance", type=number(float, 0, 100), default=0.0, help="clearer, less varied (0)")
-    add("--steps", type=number(int, 1, 10000), help=f"network evaluations for a sample ({STEPS})")
+    add("--steps", type=number(int, 1, 10000), help=f"network evaluations per sample ({STEPS})")
     add("--eta", type=number(float, 0, 1), default=1.0, help="noise in sampling; 0: DDIM (1)")
     return parser.parse_args(argv)
 

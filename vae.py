@@ -1,6 +1,6 @@
 """A variational autoencoder (VAE) of handwritten digits, in the order of the paper.
 
-  python vae.py                                    train, or go on with a stopped run; then draw
+  python vae.py                                    train, or resume a stopped run; then draw
   python vae.py --latent-dim 20 --out results/z20  better images, but no map of the latents
   python vae.py --network conv --latent-dim 20 --out results/conv     convolutions: still better
   python vae.py --sample 64 --seed 1               draw 64 images from the checkpoint in results/
@@ -12,8 +12,8 @@ is p(z) = N(0, I).  Encoder and decoder are trained together to raise a lower bo
 
     log p(x)  >=  ELBO  =  E_q(z|x)[log p(x|z)]  -  KL(q(z|x) ‖ p(z))     KW (3)
 
-The first term wants the image back, the second wants q(z|x) close to the prior, so that what is
-decoded from the prior looks like an image, too.
+The first term rewards a good reconstruction of x.  The second keeps q(z|x) close to the prior, so
+that what is decoded from a draw of the prior looks like an image, too.
 
 Images are (B, C, H, W) in [0, 1].  Both terms are in nats per image.
 """
@@ -86,7 +86,7 @@ def mlp(latent_dim, shape):
 
 
 def conv(latent_dim, shape, width=32):
-    """The same of convolutions, by way of a quarter of the resolution.
+    """The same with convolutions, down to a quarter of the resolution and back.
 
     ValueError unless the images' height and width are multiples of 4.
     """
@@ -173,8 +173,8 @@ class VAE(nn.Module):
     def forward(self, x):
         """The ELBO's two terms by one draw of z: x (B, C, H, W) -> reconstruction, kl, (B,) nats.
 
-        One draw per image is enough for training, because the batch averages, too (KW, section
-        2.3).
+        One draw per image is enough for training, because the batch is an average over draws, too
+        (KW, section 2.3).
         """
         mu, logvar = self.encode(x)
         z = self.reparameterize(mu, logvar)
@@ -237,7 +237,7 @@ def get_lr(done, peak):
 
 
 def train(args, device, watch=None):
-    """Maximizes the ELBO, or goes on with a run that was stopped -> model, history.
+    """Maximizes the ELBO, or resumes a run that was stopped -> model, history.
 
     KW, Algorithm 1.  args: as parse returns them.  history is a list with one dict per epoch:
     epoch, both terms of the ELBO in training and on test images (nats per image), seconds of
@@ -263,14 +263,14 @@ def train(args, device, watch=None):
 
     N = len(x_train)
     B = min(settings.batch_size, N)
-    updates = N // B  # of an epoch, which leaves out the N % B images that do not fill a batch
+    updates = N // B  # per epoch; the N % B images that do not fill a batch are left out
     seconds = history[-1]["seconds"] if history else 0.0
-    common.log({"VAE on": device, "updates an epoch": updates, **vars(settings)})
+    common.log({"VAE on": device, "updates per epoch": updates, **vars(settings)})
     bar = common.progress(total=updates * settings.epochs, initial=updates * len(history))
     for epoch in range(len(history) + 1, settings.epochs + 1):
         started = time.perf_counter()
         total = torch.zeros(2, device=device)
-        # Each epoch is seeded by itself, so that a run that was stopped draws the same numbers.
+        # Each epoch has its own seed, so that a resumed run draws the same random numbers.
         torch.manual_seed(10**6 * settings.seed + epoch)
         order = torch.randperm(N, device=device)[: updates * B].view(updates, B)
         for step, batch in enumerate(common.share(order), start=updates * (epoch - 1)):
@@ -374,7 +374,7 @@ def parse(argv):
     parser = common.arguments(__doc__)
     add = parser.add_argument
     add("--latent-dim", type=common.number(int, 1, 512), help="size of z (2)")
-    add("--network", choices=NETWORKS, help="of encoder and decoder (mlp)")
+    add("--network", choices=NETWORKS, help="type of encoder and decoder (mlp)")
     add("--likelihood", choices=LIKELIHOODS, help="p(x|z) (bernoulli)")
     add("--kl-weight", type=common.number(float, 0, 1000), help="weight of the KL in the loss (1)")
     return parser.parse_args(argv)

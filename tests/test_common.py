@@ -888,7 +888,8 @@ def test_what_is_damaged_or_foreign_is_refused_and_its_code_not_run(tmp_path):
         foreign.append(path.read_bytes())
     for each in foreign:
         path.write_bytes(each)
-        refused(lambda: common.load_checkpoint(path, "vae"), f"{path} is no checkpoint of vae.py")
+        words = f"{path} is not a checkpoint of vae.py"
+        refused(lambda: common.load_checkpoint(path, "vae"), words)
     assert not trap.exists()
     torch.load(io.BytesIO(trapped), weights_only=False)
     assert trap.exists()
@@ -1029,7 +1030,7 @@ def test_run_says_in_one_line_what_the_user_can_mend_and_leaves_bugs_alone(monke
         common.run(fail)
     error = KeyboardInterrupt()
     monkeypatch.setattr(sys, "argv", ["vae.py", "--epochs", "3"])
-    with pytest.raises(SystemExit, match="stopped: the same command goes on"):
+    with pytest.raises(SystemExit, match="stopped: run the same command to resume"):
         common.run(fail)
     monkeypatch.setattr(sys, "argv", ["vae.py", "--sample=3"])
     with pytest.raises(SystemExit, match="^\nstopped$"):

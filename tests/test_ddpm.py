@@ -1038,7 +1038,7 @@ def test_the_first_line_says_what_is_minimized(digits, tmp_path, capsys):
         train(digits, tmp_path / recipe, f"--limit 16 --epochs 1 --recipe {recipe}")
         first, second, *_ = capsys.readouterr().out.splitlines()
         assert first == said
-        assert second.startswith("DDPM on cpu  updates an epoch 1  ")
+        assert second.startswith("DDPM on cpu  updates per epoch 1  ")
 
 
 def test_a_batch_is_at_most_the_data_and_watch_adds_a_column(digits, tmp_path):
@@ -1122,7 +1122,7 @@ def test_after_ctrl_c_it_goes_on_to_the_same_bits(digits, tmp_path, monkeypatch,
         with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
             at_step(patch, step, interrupt)
             common.run(lambda: train(digits, out, "--recipe paper"))
-        assert "\nstopped: the same command goes on after the last" in stop.value.code
+        assert "\nstopped: run the same command to resume after the last" in stop.value.code
     assert len(checkpoint(out)["history"]) == 2 and os.listdir(out) == ["ddpm.pt"]
     capsys.readouterr()
     train(digits, out)  # the recipe is the checkpoint's

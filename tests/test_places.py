@@ -172,7 +172,7 @@ def test_a_reader_that_goes_away_is_one_line_and_the_checkpoint_is_kept(flags, t
     log = (tmp_path / "log").read_text()
     assert "Traceback" not in log and "Exception" not in log and "Broken" not in log
     assert log.splitlines()[-1].startswith("error: the output was closed")
-    assert "the same command goes on" in log
+    assert "run the same command to resume" in log
     assert common.load_checkpoint(tmp_path / "vae.pt", "vae")["history"]
 
 
@@ -377,7 +377,7 @@ def test_more_steps_than_there_are(flags, tmp_path):
 def test_a_file_that_is_no_checkpoint_has_words_of_its_own(script, flags, tmp_path):
     path = tmp_path / f"{script.__name__}.pt"
     kinds = {"git lfs pull": b"version https://git-lfs.github.com/spec/v1\n", "damaged": b""}
-    for words, content in (kinds | {"is no checkpoint of": b"something else"}).items():
+    for words, content in (kinds | {"is not a checkpoint of": b"something else"}).items():
         path.write_bytes(content)
         for more in [], ["--sample", "3"]:
             line = fails(script, *flags, "--out", tmp_path, *more)

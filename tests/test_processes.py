@@ -351,7 +351,7 @@ def test_a_file_of_the_other_script_is_no_checkpoint(copied, trained, command, n
     (other,) = set(NAMES) - {name}
     path = finished(trained, other, copied / "out")
     message, _ = command(name, *CPU, "--out", copied / "new", "--load", path, "--sample", 4)
-    assert is_one_line(f"{message}\n") and f"{path} is no checkpoint of {name}.py" in message
+    assert is_one_line(f"{message}\n") and f"{path} is not a checkpoint of {name}.py" in message
     message, _ = command(name, *CPU, "--out", copied / "new", "--load", path)
     assert is_one_line(f"{message}\n") and "--load only goes with --sample" in message
     assert os.listdir(copied / "new") == []

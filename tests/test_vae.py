@@ -457,7 +457,7 @@ def test_ctrl_c_is_one_line_and_the_same_command_goes_on(trained, digits, tmp_pa
         return {}
 
     argv = flags(digits, tmp_path)
-    line = "^\\s*stopped: the same command goes on after the last finished epoch$"
+    line = "^\\s*stopped: run the same command to resume after the last finished epoch$"
     with pytest.raises(SystemExit, match=line):
         common.run(lambda: train(argv, watch=stop))
     saved = checkpoint(tmp_path)
