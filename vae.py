@@ -85,37 +85,6 @@ def mlp(latent_dim, shape):
     )
 
 
-def conv(latent_dim, shape, width=32):
-    """The same with convolutions, down to a quarter of the resolution and back.
-
-    ValueError unless the images' height and width are multiples of 4.
-    """
-    C, H, W = shape
-    if H % 4 or W % 4:
-        raise ValueError(f"height and width must be multiples of 4, not {H} and {W}")
-    low = (2 * width, H // 4, W // 4)
-    resize = {"kernel_size": 4, "stride": 2, "padding": 1}  # by a factor of 2
-    encoder = nn.Sequential(
-        nn.Unflatten(1, tuple(shape)),
-        nn.Conv2d(C, width, **resize),
-        nn.ReLU(),
-        nn.Conv2d(width, 2 * width, **resize),
-        nn.ReLU(),
-        nn.Flatten(),
-        nn.Linear(math.prod(low), 2 * latent_dim),
-    )
-    decoder = nn.Sequential(
-        nn.Linear(latent_dim, math.prod(low)),
-        nn.ReLU(),
-        nn.Unflatten(1, low),
-        nn.ConvTranspose2d(2 * width, width, **resize),
-        nn.ReLU(),
-        nn.ConvTranspose2d(width, C, **resize),
-        nn.Flatten(),
-    )
-    return encoder, decoder
-
-
 class VAE(nn.Module):
     """An encoder, a decoder and the bound.
 
@@ -319,6 +288,40 @@ def evaluate(model, images, seed):
     torch.manual_seed(seed)
     terms = [torch.stack(model.elbo_terms(batch / 255)) for batch in images.split(1000)]
     return torch.cat(terms, dim=1).mean(1).tolist()
+
+
+# ---- beyond the course report: convolutions
+
+
+def conv(latent_dim, shape, width=32):
+    """An encoder and a decoder like mlp, of convolutions: to a quarter of the resolution and back.
+
+    ValueError unless the images' height and width are multiples of 4.
+    """
+    C, H, W = shape
+    if H % 4 or W % 4:
+        raise ValueError(f"height and width must be multiples of 4, not {H} and {W}")
+    low = (2 * width, H // 4, W // 4)
+    resize = {"kernel_size": 4, "stride": 2, "padding": 1}  # by a factor of 2
+    encoder = nn.Sequential(
+        nn.Unflatten(1, tuple(shape)),
+        nn.Conv2d(C, width, **resize),
+        nn.ReLU(),
+        nn.Conv2d(width, 2 * width, **resize),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(math.prod(low), 2 * latent_dim),
+    )
+    decoder = nn.Sequential(
+        nn.Linear(latent_dim, math.prod(low)),
+        nn.ReLU(),
+        nn.Unflatten(1, low),
+        nn.ConvTranspose2d(2 * width, width, **resize),
+        nn.ReLU(),
+        nn.ConvTranspose2d(width, C, **resize),
+        nn.Flatten(),
+    )
+    return encoder, decoder
 
 
 # ---- pictures
