@@ -969,7 +969,7 @@ def test_training_is_algorithm_1(digits, tmp_path, recipe, times):
     assert all(torch.equal(p, saved["ema"][name]) for name, p in result.named_parameters())
 
 
-SHORT = {"recipe": "short", "weighting": "v", "t": "focused", "width": 32, "epochs": 12}
+SHORT = {"recipe": "short", "weighting": "v", "t": "focused", "width": 32, "epochs": 6}
 SHORT |= {"lr": 4e-3, "T": 1000, "schedule": "linear", "variance": "posterior", "batch_size": 64}
 SHORT |= {"data": "mnist", "size": 32, "seed": 0, "limit": None, "pictures": None}
 SHORT |= {"precision": "float32", "shape": [1, 28, 28]}
