@@ -180,7 +180,7 @@ def draw_by(model, sampler, steps, xT, precision=None):
 
 
 def compare_samplers(model, yardstick, seed, device, precision):
-    """Each sampler in 5, 10, 20 and 50 steps, from the same noise.
+    """Each sampler in 5, 10, 20 and 50 steps, from the same x_T.
 
     -> {sampler: {steps: Fréchet distance}}, {label: its first ten images}, and the number of
     images behind each distance.  Ho's takes all T steps, too: on a CPU only for the picture.

@@ -164,9 +164,9 @@ class DDPM(nn.Module):
     def sample(self, n, steps=None, eta=1.0, **more):
         """n images (n, C, H, W) in [0, 1], by all T steps: Ho, Algorithm 2.
 
-        The other arguments go beyond the paper: fewer `steps` (as on the command line), less noise
-        with `eta` < 1, and whatever else sample_beyond takes.  ValueError for a value out of
-        range.
+        The other arguments go beyond the paper: fewer `steps`, less noise with `eta` < 1, and
+        whatever else sample_beyond takes.  The command line draws with steps=20, order=2.
+        ValueError for a value out of range.
         """
         common.check_range("n", n, 0)
         if n == 0 or steps is not None or eta != 1 or more:
