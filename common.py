@@ -1,6 +1,6 @@
 """What the scripts share: the data, the plots, the checkpoint and the command line.
 
-Images are uint8 (N, C, H, W) where they are stored, and floats in [0, 1] where they are drawn.
+Images are uint8 (N, C, H, W) when stored, and floats in [0, 1] when plotted.
 """
 
 import argparse
@@ -25,7 +25,7 @@ import matplotlib.style
 import numpy as np
 import torch
 import torch.distributed as dist
-from matplotlib.figure import Figure  # without pyplot: no window, no global state
+from matplotlib.figure import Figure  # pyplot would open windows and keep global state
 from matplotlib.patches import Circle
 from matplotlib.ticker import MaxNLocator
 from PIL import Image, ImageOps
@@ -34,7 +34,8 @@ from torchvision import datasets
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
-# torchrun starts several processes: this one's rank, its rank on its machine, and their number.
+# torchrun starts several processes.  These are the rank of this one, its rank on its own machine,
+# and the number of processes.
 TORCHRUN = dist.is_available() and dist.is_torchelastic_launched()
 RANK = int(os.environ["RANK"]) if TORCHRUN else 0
 LOCAL_RANK = int(os.environ["LOCAL_RANK"]) if TORCHRUN else 0
@@ -42,7 +43,7 @@ WORLD = int(os.environ["WORLD_SIZE"]) if TORCHRUN else 1
 
 
 class InputError(Exception):
-    """An error that the user can fix.  It says what is wrong and what to do."""
+    """An error that the user can fix.  Its message says what is wrong and what to do."""
 
 
 # ---- data
@@ -53,17 +54,17 @@ FILES = ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-lab
 
 
 def load_data(settings, args, device):
-    """The images of a run, on device -> x_train, y_train, x_test, y_test.
+    """The images and labels of a run, on device -> x_train, y_train, x_test, y_test.
 
-    x is uint8 (N, C, H, W); y is int64 (N,), or None for a folder without sub-folders.  settings:
-    data, pictures, size, limit (of x_train), seed.  args: data_dir and out, where things lie.
-    InputError where the data are missing or damaged.
+    x is uint8 (N, C, H, W).  y is int64 (N,), or None for a folder with any picture outside its
+    subfolders.  settings: data, pictures, size, limit (of x_train), seed.  args: data_dir, where
+    the data sets are, and out.  InputError if the data are missing or damaged.
     """
     if settings.data in SETS:
         data = _read_set(settings.data, args.data_dir)
     else:
-        of = settings.data, settings.size, settings.seed, args.out, settings.pictures
-        data = _read_folder(*of)[:4]
+        chosen = settings.data, settings.size, settings.seed, args.out, settings.pictures
+        data = _read_folder(*chosen)[:4]
     x_train, y_train, x_test, y_test = data
     x_train = x_train[: settings.limit].to(device)
     if y_train is not None:
@@ -74,7 +75,7 @@ def load_data(settings, args, device):
 
 @functools.lru_cache
 def _read_set(name, root):
-    """The four original files of a named set.  They are read as they are, gzipped or not."""
+    """The images and labels in a data set's four files, which are downloaded if missing."""
     folder = Path(root) / SETS[name].__name__ / "raw"
     if not all(_idx_paths(folder, each) for each in FILES):
         _download(name, root, folder)
@@ -85,7 +86,7 @@ def _read_set(name, root):
         highest = y.max(initial=0)
         if not 0 < len(x) == len(y) or highest > 9:
             raise InputError(
-                f"{folder}: {images}-ubyte and {labels}-ubyte do not match ({len(x)} "
+                f"{folder}: {images}-ubyte and {labels}-ubyte do not belong together ({len(x)} "
                 f"images, {len(y)} labels up to {highest}): put the original files there"
             )
         data += [torch.from_numpy(x)[:, None], torch.from_numpy(y).long()]
@@ -98,39 +99,40 @@ def _idx_paths(folder, name):
 
 
 def _read_idx(path, dimensions):
-    """An array of bytes in the IDX format, which begins with its shape."""
+    """The array of bytes in an IDX file.  Its header is a magic number and the array's shape."""
     try:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
             content = file.read()
         sizes = np.frombuffer(content, ">u4", 1 + dimensions)
         if sizes[0] != 0x800 + dimensions:
-            raise ValueError("it does not begin like an IDX file of bytes")
+            raise ValueError("it does not have the header of an IDX file of bytes")
         array = np.frombuffer(content, np.uint8, offset=4 * len(sizes))
         return array.reshape(sizes[1:]).copy()
-    except Exception as error:  # truncated, unreadable, not gzip, ...
+    except Exception as error:  # the file may be truncated, unreadable, not gzip, ...
         raise InputError(f"cannot read {path} ({error}): put the original file there") from None
 
 
 def _download(name, root, folder):
-    """Has torchvision fetch the files of a named set into folder."""
+    """Has torchvision download the files of a data set into folder."""
     wanted = ", ".join(f"{each}-ubyte.gz" for each in FILES)
     if WORLD > 1:
-        raise InputError(f"{folder} lacks files of {name}: run once without torchrun to download")
-    socket.setdefaulttimeout(20)  # seconds: on a dead network, fail rather than wait
+        raise InputError(f"{folder} lacks files of {name}: run once without torchrun to get them")
+    socket.setdefaulttimeout(20)  # seconds, so that a dead network makes it fail, not hang
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             SETS[name](root, download=True)
-    except Exception as error:  # no network, full disk, read-only folder, ...
+    except Exception as error:  # there may be no network, a full disk, a read-only folder, ...
         raise InputError(f"cannot download {name} ({error}): put {wanted} into {folder}") from None
     finally:
         socket.setdefaulttimeout(None)
 
 
 def find_pictures(folder, out):
-    """The files below folder that may be pictures, and the number of other files.
+    """The files under folder that may be pictures, and the number of other files.
 
-    Links are followed.  Hidden files and folders do not count, nor does what the scripts drew
-    into the folder out.  A folder that cannot be read is listed, too, so that it gets reported.
+    Symbolic links are followed.  Hidden files and folders are ignored, and so are files directly
+    in out whose names begin with vae_ or ddpm_, because the scripts write those.  An unreadable
+    folder is listed among the pictures, so that it gets reported.
     """
     Image.init()
     known = {suffix for suffix, kind in Image.EXTENSION.items() if kind in Image.OPEN}
@@ -141,7 +143,7 @@ def find_pictures(folder, out):
     unreadable = lambda error: pictures.append(Path(error.filename))  # noqa: E731
     for where, folders, files in os.walk(folder, onerror=unreadable, followlinks=True):
         where = Path(where)
-        if where.resolve() in seen:  # links that form a loop
+        if where.resolve() in seen:  # by a link, which may form a loop
             folders.clear()
             continue
         seen.add(where.resolve())
@@ -157,7 +159,7 @@ def find_pictures(folder, out):
 
 
 def _digest(folder, out):
-    """A digest of the names and sizes of all pictures below folder, and how many there are."""
+    """A digest of the names and sizes of all pictures under folder, and their number."""
     pictures, _ = find_pictures(folder, out)
     pictures = [path for path in pictures if os.path.exists(path)]  # a link may be broken
     listed = [(str(path.relative_to(folder)), path.stat().st_size) for path in pictures]
@@ -166,10 +168,10 @@ def _digest(folder, out):
 
 
 def _read_picture(path, size):
-    """The picture's middle square, uint8 (size, size, 3), or a text: why it cannot be read."""
+    """The central square, resized to uint8 (size, size, 3), or a text: why it is unreadable."""
     try:
         if path.is_fifo():
-            raise ValueError("a pipe, which would never end")
+            raise ValueError("it is a named pipe, and reading it could hang")
         with Image.open(path) as picture:
             # TIFF's tag 339 is 1 for unsigned pixels, which Pillow reads as signed ones.
             unsigned = getattr(picture, "tag_v2", {}).get(339) == (1,)
@@ -181,15 +183,16 @@ def _read_picture(path, size):
                 white = Image.new("RGBA", picture.size, "white")
                 picture = Image.alpha_composite(white, picture)
             return np.asarray(ImageOps.fit(picture.convert("RGB"), (size, size)))
-    except Exception as error:  # Pillow's plugins raise what they like
+    except Exception as error:  # Pillow's plugins can raise any exception
         return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def _to_8_bits(pixels, unsigned=False):
-    """Gray pixels of more than 8 bits -> uint8.
+    """Gray pixels with more than 8 bits, or floats -> uint8.
 
-    White is 1, 255, 4095 or 65535: the first that no pixel exceeds.  Pixels that are below 0 or
-    above 65535 are scaled by their own range instead.
+    White is the smallest of 1, 255, 4095 and 65535 that no pixel exceeds, or the highest pixel if
+    one exceeds them all.  If a pixel is below 0, the image is scaled from its lowest pixel to its
+    highest.
     """
     pixels = pixels.astype(np.float64)
     if unsigned:
@@ -205,9 +208,10 @@ def _to_8_bits(pixels, unsigned=False):
 
 @functools.lru_cache
 def _read_folder(folder, size, seed, out, digest):
-    """All pictures below folder, a tenth of them held out by the seed -> like load_data.
+    """All pictures under folder, a random tenth of them held out -> as load_data, and class names.
 
-    digest identifies the pictures, so that they are read again if they change.
+    seed: decides which tenth.  digest: only a key of the cache, so that changed pictures are read
+    again.
     """
     paths, others = find_pictures(folder, out)
     labels = []
@@ -224,10 +228,10 @@ def _read_folder(folder, size, seed, out, digest):
     more = [f"and {len(bad) - 20} more"] if len(bad) > 20 else []
     log(f"{said}: {'; '.join(bad[:20] + more)}" if bad else said)
     if len(good) < 2:
-        raise InputError(f"{folder}: {len(good)} pictures can be read; at least 2 are needed")
+        raise InputError(f"{folder} needs at least 2 readable pictures, but has {len(good)}")
     x = torch.from_numpy(np.stack(good)).permute(0, 3, 1, 2)
     if (x == x[:, :1]).all():
-        x = x[:, :1]  # all of them are gray
+        x = x[:, :1]  # all pictures are gray, so one channel is enough
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
     x = x[order].contiguous()
     held_out = math.ceil(len(x) / 10)
@@ -239,32 +243,38 @@ def _read_folder(folder, size, seed, out, digest):
 
 
 def _label(path, folder):
-    """The first sub-folder on the way to a picture; None if it lies in the folder itself."""
+    """The top-level subfolder that a picture is in, or None if it is in folder itself."""
     return (path.relative_to(folder).parts[:-1] or [None])[0]
 
 
 def class_names(settings, args):
-    """The names of a run's labels 0, 1, ..., if any.  InputError if its images have none."""
+    """The names of the classes 0, 1, ... of a run, or [] if it does not use labels.
+
+    InputError if it does, but its pictures have none.
+    """
     if not settings.labels:
         return []
     if settings.data in SETS:
         return [str(label) for label in range(10)]
-    of = settings.data, settings.size, settings.seed, args.out, settings.pictures
-    names = _read_folder(*of)[4]
+    chosen = settings.data, settings.size, settings.seed, args.out, settings.pictures
+    names = _read_folder(*chosen)[4]
     if not names:
-        raise InputError(f"{settings.data} has no labels: put each class into a sub-folder")
+        raise InputError(
+            f"{settings.data} has no labels: put every picture into a subfolder for its class"
+        )
     return names
 
 
 def labels_to_draw(classes, name, n):
-    """The labels (n,) of n samples, or None; and how many images make a row.
+    """The labels of the samples, or None without classes; and how many images make a row.
 
-    With a name, all have that label; else n is rounded up so that each class fills a row.
-    InputError for an unknown name.
+    name: the class that all n samples show.  If it is None, n is rounded up so that each class
+    fills a row.  InputError for an unknown name.
     """
     if name is not None:
         if name not in classes:
-            raise InputError(f"no --digit {name} in this model: choose {', '.join(classes)}")
+            names = ", ".join(classes)
+            raise InputError(f"this model knows no --digit {name}: choose one of {names}")
         return torch.full((n,), classes.index(name)), 10
     if not classes:
         return None, 10
@@ -282,29 +292,29 @@ def title(settings):
 
 
 def caption(name):
-    """A name as a plot can show it: a $ would begin a formula."""
+    """A name, escaped for a plot, in which a $ would begin a formula."""
     return _readable(name).replace("$", r"\$")
 
 
 def _readable(text):
-    """The text with a ? for each byte of a file name that is not UTF-8."""
+    """The text, with a ? for each byte that could not be decoded as UTF-8."""
     return text.encode("utf-8", "replace").decode()
 
 
-# ---- plots: x are images (N, C, H, W) in [0, 1]
+# ---- plots: x is a batch of images (N, C, H, W) in [0, 1]
 
-# Whatever style the user's matplotlibrc sets, pictures look the same and are upright.
+# Pictures do not depend on the user's matplotlibrc, which could even turn them upside down.
 plain_style = matplotlib.style.context("default")
 
 
 def _picture(x, columns, title, gap=2, top=(), left=()):
-    """A figure of the images, row by row, with labels above and left -> figure, axes."""
+    """A figure of the images, row by row, with labels above and to the left -> figure, axes."""
     pixels = make_grid(x.detach().cpu().float().clamp(0, 1), columns, gap, pad_value=1)
     pixels = pixels.permute(1, 2, 0).numpy()  # (height, width, 3)
     height, width, _ = pixels.shape
     zoom = max(1, min(4, 1200 // width, 60000 // height))
     figure = Figure(figsize=(width * zoom / 130, height * zoom / 130), dpi=130)
-    axes = figure.add_axes((0, 0, 1, 1))  # title and labels lie outside
+    axes = figure.add_axes((0, 0, 1, 1))  # the title and the labels lie outside the axes
     axes.imshow(pixels, interpolation="nearest")
     axes.set_title(title)
     H, W = x.shape[2:]
@@ -316,7 +326,7 @@ def _picture(x, columns, title, gap=2, top=(), left=()):
 
 
 def write_file(path, write):
-    """write(path) in the first process, where a full or read-only disk is an InputError."""
+    """Calls write(path), in the first process only.  InputError if it fails, as on a full disk."""
     if RANK > 0:
         return
     try:
@@ -334,31 +344,37 @@ def save_figure(figure, path):
 
 @plain_style
 def plot_grid(x, path, title, columns=10):
-    """The images, row by row.  If they would be too tall, rows get longer."""
-    columns = max(columns, math.ceil(len(x) * (x.shape[2] + 2) / 60000))  # pixels
+    """Plots the images row by row, in longer rows if the picture would otherwise be too tall."""
+    # matplotlib cannot draw pictures of 2**16 or more pixels in height.
+    columns = max(columns, math.ceil(len(x) * (x.shape[2] + 2) / 60000))
     figure, _ = _picture(x, min(columns, len(x)), title)
     save_figure(figure, path)
 
 
 @plain_style
 def plot_rows(rows, path, title, columns=(), notes=None):
-    """One row of images for each of rows, {label: x}.
+    """Plots one row of images for each entry of rows, {label: x}.
 
-    columns: labels on top.  notes: {label: texts}, in white at the lower edge of a row's images.
+    columns: labels above the columns.  notes: {label: texts}, at the bottom of a row's images.
     """
     x = torch.cat([row.detach().cpu().float() for row in rows.values()])
     H, W = x.shape[2:]
     figure, axes = _picture(x, len(x) // len(rows), title, top=columns, left=list(rows))
     for row, label in enumerate(rows):
         for column, text in enumerate((notes or {}).get(label, ())):
-            place = 2 + column * (W + 2) + W / 2, (row + 1) * (H + 2) - 1
-            axes.text(*place, text, color="white", fontsize=6, ha="center", va="bottom")
+            position = 2 + column * (W + 2) + W / 2, (row + 1) * (H + 2) - 1
+            style = {"color": "white", "fontsize": 7, "ha": "center", "va": "bottom"}
+            box = {"facecolor": "black", "edgecolor": "none", "pad": 0.5}
+            axes.text(*position, text, **style, bbox=box)
     save_figure(figure, path)
 
 
 @plain_style
 def plot_curves(history, curves, path, title, yscale="linear"):
-    """Lines over the epochs.  curves: {label of a panel: {label: key of a row of history}}."""
+    """Plots lines over the epochs, in a panel for each entry of curves.
+
+    curves: {label of the panel: {label of the line: its key in a row of history}}.
+    """
     figure = Figure(figsize=(6, 2 + 2 * len(curves)), dpi=130, layout="constrained")
     figure.suptitle(title)
     panels = figure.subplots(len(curves), sharex=True, squeeze=False)[:, 0]
@@ -366,7 +382,8 @@ def plot_curves(history, curves, path, title, yscale="linear"):
     for axes, (ylabel, lines) in zip(panels, curves.items(), strict=True):
         for label, key in lines.items():
             axes.plot(epochs, [row[key] for row in history], marker=".", label=label)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        locator = MaxNLocator(integer=True, min_n_ticks=1, steps=[1, 2, 5, 10])
+        axes.xaxis.set_major_locator(locator)
         axes.set(ylabel=ylabel, yscale=yscale)
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter("{x:g}")
@@ -378,7 +395,10 @@ def plot_curves(history, curves, path, title, yscale="linear"):
 
 @plain_style
 def plot_latent(mu, labels, path, title):
-    """Points mu (N, 2), coloured by labels (N,) or None, over 1 and 2 sigma of N(0, I)."""
+    """Plots points mu (N, 2), with circles at 1 and 2 sigma of N(0, I).
+
+    The points are colored by their labels (N,), or all alike if labels is None.
+    """
     labels = torch.zeros(len(mu)) if labels is None else labels.cpu()
     figure = Figure(figsize=(6, 5.5), dpi=130, layout="constrained")
     axes = figure.subplots()
@@ -395,7 +415,10 @@ def plot_latent(mu, labels, path, title):
 
 @plain_style
 def save_gif(panels, path, title, labels):
-    """Panels side by side that change together: {label: x (F, C, H, W)}, a label per frame."""
+    """Saves an animation of panels side by side, {label: x (F, C, H, W)}.
+
+    labels: the texts below the F frames.
+    """
     pictures = []
     for images, label in zip(zip(*panels.values(), strict=True), labels, strict=True):
         figure, axes = _picture(torch.stack(images), len(panels), title, top=list(panels))
@@ -410,7 +433,7 @@ def save_gif(panels, path, title, labels):
     write_file(path, lambda path: first.save(path, save_all=True, **options))
 
 
-# ---- what functions are given
+# ---- checks of arguments
 
 
 def check_choice(name, value, choices):
@@ -419,15 +442,16 @@ def check_choice(name, value, choices):
 
 
 def check_range(name, value, low, high=math.inf):
-    if not low <= value <= high:  # true for nan
-        raise ValueError(f"{name} must be from {low} to {high}, not {value}")
+    if not low <= value <= high:  # this way round, nan is refused, too
+        limits = f"at least {low}" if high == math.inf else f"from {low} to {high}"
+        raise ValueError(f"{name} must be {limits}, not {value}")
 
 
 # ---- device, processes, progress
 
 
 def pick_device(name):
-    """auto, cpu, cuda, cuda:N or mps -> torch.device.  InputError where there is none."""
+    """auto, cpu, cuda, cuda:N or mps -> torch.device.  InputError if it cannot be used."""
     if name == "auto":
         name = "cpu"
         if torch.backends.mps.is_available():
@@ -438,28 +462,29 @@ def pick_device(name):
         name = f"cuda:{LOCAL_RANK}"  # each process of torchrun takes its own GPU
     try:
         device = torch.zeros(1).to(name).device
-        torch.zeros(1, device=device).cpu()  # the device "meta" holds no data
+        torch.zeros(1, device=device).cpu()  # fails for the device "meta", which holds no data
         return device
     except Exception as error:
-        raise InputError(f"no --device {name} ({error!r:.80}): choose cpu or auto") from None
+        raise InputError(f"cannot use --device {name} ({error!r:.80}): try cpu or auto") from None
 
 
 def start(args):
-    """Sets up the folder OUT, the device and the processes -> the device."""
+    """Sets up the folder of --out, the device and the processes -> the device."""
     if args.load and not args.sample:
-        raise InputError("--load only goes with --sample")
+        raise InputError("--load only goes with --sample: add --sample, or leave out --load")
     if args.fresh and args.sample:
-        raise InputError("--fresh trains, --sample does not: leave one of them out")
+        raise InputError("--fresh trains, but --sample does not: leave out one of them")
     try:
         Path(args.out).mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=args.out).close()  # only this detects a read-only disk
+        tempfile.TemporaryFile(dir=args.out).close()  # only writing reveals a read-only disk
     except OSError as error:
         raise InputError(
-            f"cannot write into --out ({error}): choose another folder (--load can "
-            "name a checkpoint elsewhere)"
+            f"cannot write to --out ({error}): choose another folder (to sample from a "
+            "checkpoint in this one, name it with --load)"
         ) from None
     device = pick_device(args.device)
-    torch.set_flush_denormal(True)  # Adam's averages of dead units slow a CPU down 100 times
+    # Adam's averages for dead units decay to denormal numbers, which slow a CPU down 100 times.
+    torch.set_flush_denormal(True)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if WORLD > 1 and not dist.is_initialized():
@@ -468,20 +493,21 @@ def start(args):
 
 
 def wrap(model, args):
-    """The model, wrapped to share gradients among torchrun's processes, or compiled."""
+    """The model, wrapped to average gradients over torchrun's processes, or compiled, or both."""
     if WORLD > 1:
         model = DistributedDataParallel(model)
     return torch.compile(model, mode="reduce-overhead") if args.compile else model
 
 
 def share(order):
-    """Batches of image numbers (steps, B) -> this process's part of each (steps, B / WORLD).
+    """Batches of image indices (steps, B) -> this process's part of each, (steps, B / WORLD).
 
-    From here on, each process draws its own random numbers.
+    It also seeds torch, so that from here on each process draws its own random numbers.
     """
     if order.shape[1] % WORLD:
         raise InputError(
-            f"{WORLD} processes cannot share {order.shape[1]} images: change --batch-size"
+            f"{WORLD} processes cannot share {order.shape[1]} images per update equally: "
+            "change --batch-size"
         )
     if RANK > 0:
         torch.manual_seed(torch.initial_seed() + 10**12 * RANK)
@@ -491,13 +517,16 @@ def share(order):
 @functools.lru_cache
 @torch.enable_grad()
 def best_precision(device):
-    """The faster of "float32" and "bfloat16" on this device; a CPU is timed on a convolution."""
+    """The precision for this device: "bfloat16" if it is clearly faster, else "float32".
+
+    On a GPU that depends on what it supports; a CPU is timed on a convolution.
+    """
     if device.type == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
         return "bfloat16" if fast else "float32"
-    if device.type != "cpu" or WORLD > 1:  # processes must not choose differently
+    if device.type != "cpu" or WORLD > 1:  # processes that time themselves might disagree
         return "float32"
-    # Ones, because random numbers would change those that the caller draws next.
+    # Ones are used, because drawing random numbers would change those that the caller draws next.
     x = torch.ones(32, 64, 14, 14).contiguous(memory_format=torch.channels_last)
     weight = torch.ones(64, 64, 3, 3).contiguous(memory_format=torch.channels_last)
     weight.requires_grad_()
@@ -510,7 +539,7 @@ def best_precision(device):
                 torch.conv2d(x, weight, padding=1).sum().backward()
             times.append(time.perf_counter() - started)
         seconds[precision] = min(times[1:])
-    # Only where it is clearly faster, so that chance does not decide.
+    # It must be clearly faster, so that noise in the timing does not decide.
     return "bfloat16" if 1.3 * seconds["bfloat16"] < seconds["float32"] else "float32"
 
 
@@ -518,7 +547,10 @@ PRECISIONS = ("float32", "bfloat16")
 
 
 def autocast(device, precision=None):
-    """Inside, convolutions and matrix products have this precision, by default the faster one."""
+    """A context in which convolutions and matrix products have this precision.
+
+    The default is the faster one.
+    """
     precision = precision or best_precision(device)
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
 
@@ -531,16 +563,19 @@ def log(line):
     if RANK == 0 and sys.stdout:
         write = tqdm.write if _on_screen() else print
         write(_readable(line), file=sys.stdout)
-        sys.stdout.flush()  # a log shows where the run is
+        sys.stdout.flush()  # so that a log file always shows how far the run is
 
 
 def _on_screen():
-    """Whether somebody watches the progress bar, in a terminal or in a notebook."""
+    """Whether somebody can see the progress bar, in a terminal or in a notebook."""
     return sys.stderr is not None and (sys.stderr.isatty() or "ipykernel" in sys.modules)
 
 
 def progress(items=None, description=None, **options):
-    """A tqdm bar over items, or over total=...; in a file, a line every half minute instead."""
+    """A tqdm bar over items, or up to total=...
+
+    Where nobody can see it, as in a log file, it prints a line every half minute instead.
+    """
     if not _on_screen():
         options |= {
             "position": 0,
@@ -554,11 +589,11 @@ def progress(items=None, description=None, **options):
     return tqdm(items, description, disable=hidden, **short, **options)
 
 
-# ---- the same command goes on: a run's settings and its checkpoint
+# ---- running the same command again resumes: a run's settings and its checkpoint
 
 
 def defaults(device):
-    """The settings that all scripts share, where no flag says otherwise."""
+    """The settings that all scripts share, unless a flag says otherwise."""
     return {
         "data": "mnist",
         "pictures": None,  # for a folder: a digest of its pictures
@@ -577,7 +612,7 @@ def fingerprint(file):
             return [plain(each) for each in node if not is_text(each)]
         if not isinstance(node, ast.AST):
             return repr(node)
-        # What is empty is left out, because versions of Python differ in what they leave empty.
+        # Empty fields are left out, because which of them exist depends on the version of Python.
         fields = {name: value for name, value in ast.iter_fields(node) if value not in (None, [])}
         return [type(node).__name__, {name: plain(value) for name, value in fields.items()}]
 
@@ -590,9 +625,10 @@ def fingerprint(file):
 
 
 def open_run(args, path, default, code):
-    """What a run trains with, and what its checkpoint at path already holds: see find_run.
+    """The settings of a run, and its checkpoint at path, or None: see find_run.
 
-    It logs where the run resumes.  InputError, too, if another process is writing to path.
+    This locks path, unless the run is finished, and logs where the run resumes.  InputError as in
+    find_run, and if another process is writing to path.
     """
     settings, saved = find_run(args, path, default, code)
     done = len(saved["history"]) if saved else 0
@@ -601,28 +637,31 @@ def open_run(args, path, default, code):
         return settings, saved
     if RANK == 0:
         _lock(path)
-        settings, saved = find_run(args, path, default, code)  # another run may just have ended
+        # Read it again, because another run may have ended just before this one took the lock.
+        settings, saved = find_run(args, path, default, code)
         done = len(saved["history"]) if saved else 0
     if saved:
         log(f"going on after epoch {done} of {settings.epochs}")
         if settings.epochs != saved["settings"]["epochs"]:
-            log(f"the learning rate is now that of a run of {settings.epochs} epochs")
+            log(f"the learning rate now follows the schedule for {settings.epochs} epochs")
     return settings, saved
 
 
 def find_run(args, path, default, code):
-    """The settings of a run, and its checkpoint at path, a dict, or None for a new run.
+    """The settings of a run, and its checkpoint at path (a dict), or None for a new run.
 
-    settings is a Namespace with a value for each of default: the flag's if it is given, else the
-    checkpoint's, else the default.  InputError where a flag, the pictures or the code (a
-    fingerprint) contradict the checkpoint.
+    settings is a Namespace.  Each value is the flag's if it is given, else the checkpoint's, or in
+    a new run the default; a new run on a folder gets epochs to suit its size.  InputError if the
+    folder is missing, or if a flag, the pictures or the code (a fingerprint) contradict the
+    checkpoint.
     """
     saved = load_checkpoint(path, path.stem) if path.exists() and not args.fresh else None
     settings = Namespace(**(saved["settings"] if saved else default))
     if saved:
         done = len(saved["history"])
-        more = args.epochs is not None and args.epochs >= done  # it trains on, or ends earlier
-        check_flags(args, saved["settings"], path, but=("epochs",) if more else ())
+        # A run may be extended or cut short, but not to fewer epochs than are done.
+        allowed = args.epochs is not None and args.epochs >= done
+        check_flags(args, saved["settings"], path, but=("epochs",) if allowed else ())
         if saved.get("code") != code:
             raise InputError(
                 f"{path.stem}.py has changed since {path} was trained: --fresh trains anew, "
@@ -634,10 +673,12 @@ def find_run(args, path, default, code):
     if settings.data not in SETS:
         folder = Path(settings.data)
         if not os.path.isdir(folder):
-            raise InputError(f"no --data {folder}: choose {', '.join(SETS)} or a folder")
+            names = ", ".join(SETS)
+            raise InputError(f"there is no folder --data {folder}: choose {names} or a folder")
         settings.pictures, count = _digest(folder, args.out)
         if not saved and args.epochs is None:
-            # A small folder needs more epochs for as many updates as MNIST's 60,000 images give.
+            # A folder gets about as many updates as MNIST, with its 60,000 images, would get: a
+            # small one more epochs (at most 1,000), a large one fewer.
             count = max(1, min(count, settings.limit or count))
             settings.epochs = min(1000, math.ceil(settings.epochs * 60000 / count))
         if saved and settings.pictures != saved["settings"]["pictures"]:
@@ -649,13 +690,14 @@ def find_run(args, path, default, code):
 
 
 def check_flags(args, settings, path, but=()):
-    """InputError where a flag that is given contradicts the settings of the checkpoint at path."""
+    """InputError if a flag that is given contradicts the settings of the checkpoint at path."""
     for name, value in settings.items():
         given = getattr(args, name, None)
         if name not in but and given is not None and given != value:
             flag = "--" + name.replace("_", "-")
-            anew = "" if getattr(args, "sample", None) else ", or train anew with --fresh"
-            ways = f"leave out {flag}, choose another --out{anew}"
+            ways = f"leave out {flag}, choose another --out, or train anew with --fresh"
+            if getattr(args, "sample", None):
+                ways = f"leave out {flag}, or choose another checkpoint with --load"
             raise InputError(f"{path} has {name} {value}, not {given}: {ways}")
 
 
@@ -663,10 +705,12 @@ _locks = {}
 
 
 def _lock(path):
-    """Holds path for this process, until it ends or the last epoch is saved.
+    """Locks path for this process, until it ends or the last epoch is saved.
 
-    InputError if another process holds it.  The lock lies in the folder for temporary files and
-    does not outlive a crash.  Windows has no such locks: there, the last one to write wins.
+    InputError if another process holds the lock.  The lock file is in the system's folder for
+    temporary files, and the lock does not outlive a crash.  Whoever has the lock also deletes
+    unfinished files that killed runs left behind.  On Windows, which has no fcntl, nothing is
+    locked, and the last process to write wins.
     """
     path = path.resolve()
     if os.name == "nt" or path in _locks:
@@ -679,24 +723,25 @@ def _lock(path):
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise InputError(f"another run is writing {path}: wait, or choose another --out") from None
-    except OSError:  # another user's file, or a disk without locks: go on without
+    except OSError:  # the file is another user's, or the disk has no locks: go on without one
         return
     _locks[path] = file
     for unfinished in path.parent.glob(f"{path.name}.*.tmp"):
-        unfinished.unlink()  # a run that was killed has left it
+        unfinished.unlink()  # a run that was killed left it behind
 
 
 def save_checkpoint(path, settings, history, code="", **parts):
-    """Replaces `path` in one step, or leaves it as it was; the first process alone writes.
+    """Replaces `path` as a whole, or leaves it as it was; only the first process writes.
 
-    parts: what has a state_dict, model among them.  InputError where the disk is full, or the last
-    losses or weights are not finite.
+    parts: objects that have a state_dict, including model.  InputError if the disk is full, or if
+    the last losses or the weights are not finite.
     """
     numbers = [value for value in history[-1].values() if not isinstance(value, str)]
     values = [torch.tensor(numbers), *parts["model"].parameters()]
     if not all(value.isfinite().all() for value in values):
         raise InputError(
-            f"loss or weights not finite in epoch {len(history)}: lower --lr; {path} is unchanged"
+            f"the loss or the weights are not finite in epoch {len(history)}: lower --lr; {path} "
+            "is unchanged"
         )
     if RANK > 0:
         return
@@ -706,8 +751,10 @@ def save_checkpoint(path, settings, history, code="", **parts):
     try:
         torch.save(content, unfinished)
         os.replace(unfinished, path)
-    except (OSError, RuntimeError) as error:  # torch's error for a full disk
-        raise InputError(f"cannot save {path} ({error}), which is as it was before") from None
+    except (OSError, RuntimeError) as error:  # for a full disk, torch raises a RuntimeError
+        raise InputError(
+            f"cannot save {path} ({error}): free some space; the file is as it was before"
+        ) from None
     finally:
         unfinished.unlink(missing_ok=True)
     if len(history) == settings.get("epochs"):
@@ -715,25 +762,28 @@ def save_checkpoint(path, settings, history, code="", **parts):
 
 
 def load_checkpoint(path, kind):
-    """The checkpoint of save_checkpoint, on the CPU -> dict.  Runs no code that a file carries.
+    """Loads what save_checkpoint wrote, with its tensors on the CPU -> dict.
 
-    InputError for a file that is missing, cannot be read, is damaged or is of something else.
+    Code hidden in the file is not run.  InputError if the file is missing, unreadable, damaged or
+    not a checkpoint of this kind.
     """
     path = Path(path)
     try:
         with path.open("rb") as file:
             head = file.read(100)
     except FileNotFoundError:
-        raise InputError(f"no checkpoint {path}: train first, or say where it is") from None
+        raise InputError(
+            f"there is no checkpoint {path}: train first, or choose another"
+        ) from None
     except OSError as error:
         raise InputError(f"cannot read {path} ({error})") from None
     foreign = InputError(f"{path} is not a checkpoint of {kind}.py: choose another --out")
     if head.startswith(b"version https://git-lfs"):
-        raise InputError(f"{path} is only a pointer to the file: run git lfs pull")
-    if head and not head.startswith(b"PK"):  # a zip file, as torch writes them
+        raise InputError(f"{path} is only a Git LFS pointer to the file: run git lfs pull")
+    if head and not head.startswith(b"PK"):  # torch writes zip files, which begin with PK
         raise foreign
     try:
-        if zipfile.ZipFile(path).testzip():  # a wrong checksum, which torch does not check
+        if zipfile.ZipFile(path).testzip():  # torch does not check the checksums
             raise zipfile.BadZipFile("wrong checksum")
     except Exception as error:
         raise InputError(f"{path} is damaged ({error!r:.80}): delete it and train anew") from None
@@ -747,9 +797,9 @@ def load_checkpoint(path, kind):
 
 
 def load_model(path, kind, part, device, build):
-    """build(settings) with the weights of a checkpoint.  InputError where they do not fit.
+    """build(settings) with the weights of a checkpoint.  InputError if they do not fit.
 
-    model.settings are the run's, but epochs is how many are done.
+    model.settings are the run's settings, except that epochs is the number done so far.
     """
     saved = load_checkpoint(path, kind)
     try:
@@ -765,7 +815,7 @@ def load_model(path, kind, part, device, build):
 
 
 def load_for_sampling(args, path, load, device):
-    """The model that --sample draws from: that of --load, or else of path."""
+    """The model that --sample draws from: the checkpoint in --load, or else the one at path."""
     path = Path(args.load or path)
     model = load(path, device)
     check_flags(args, model.settings, path, but=("seed", "precision"))
@@ -779,10 +829,11 @@ def number(kind, low, high):
     """A `type=` for argparse: text -> an int or a float, in [low, high]."""
 
     def parse(text):
-        value = kind(text)  # argparse names its ValueError
+        value = kind(text)
         check_range("it", value, low, high)
         return value
 
+    # For any ValueError, argparse prints "invalid NAME value: 'TEXT'".
     parse.__name__ = f"{kind.__name__} from {low} to {high}"
     return parse
 
@@ -790,52 +841,56 @@ def number(kind, low, high):
 def place(text):
     """A `type=` for argparse: a path, in which ~ is the home folder."""
     if not text.strip():
-        raise argparse.ArgumentTypeError("it is empty")
+        raise argparse.ArgumentTypeError("the path is empty")
     return os.path.expanduser(text)
 
 
 def data(text):
-    """A `type=` for argparse: the name of a set, or the full path of a folder."""
+    """A `type=` for argparse: the name of a data set, or a folder, whose path is made absolute."""
     if text in SETS:
         return text
     return os.path.realpath(place(text))
 
 
-SWITCH = {"action": "store_const", "const": True}  # None if it is not given
+SWITCH = {"action": "store_const", "const": True}  # None unless it is given, like other settings
 
 
 def arguments(doc):
     """An ArgumentParser with the flags that all scripts share."""
     style = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=doc, formatter_class=style)
-    parser.error = lambda message: parser.exit(2, f"error: {message}\n")  # -h has the usage
+    # Only the message is printed, because -h shows the usage.
+    parser.error = lambda message: parser.exit(2, f"error: {message}\n")
     add = parser.add_argument
-    add("--data", type=data, help=f"{', '.join(SETS)} or a folder of pictures (mnist)")
-    add("--data-dir", type=place, default=str(DATA_DIR), help="folder of the named sets (data/)")
-    add("--size", type=int, choices=(16, 32, 64), help="width of a folder's pictures (32)")
-    add("--limit", type=number(int, 1, 10**9), help="train on this many images (all)")
-    add("--out", type=place, default="results", help="folder for what is written (results)")
-    add("--epochs", type=number(int, 1, 10**5), help="passes over the images")
-    add("--batch-size", type=number(int, 1, 10**6), help="images per update, over all processes")
+    add("--data", type=data, help=f"{', '.join(SETS)} or a folder of pictures (default: mnist)")
+    folder = "folder of the data sets (default: data/ beside the scripts)"
+    add("--data-dir", type=place, default=str(DATA_DIR), help=folder)
+    size = "size to which a folder's pictures are cropped and resized (default: 32)"
+    add("--size", type=int, choices=(16, 32, 64), help=size)
+    add("--limit", type=number(int, 1, 10**9), help="train on this many images (default: all)")
+    out = "folder for checkpoints and pictures (default: results)"
+    add("--out", type=place, default="results", help=out)
+    add("--epochs", type=number(int, 1, 10**5), help="passes over the training images")
+    batch = "images per update, in all processes together"
+    add("--batch-size", type=number(int, 1, 10**6), help=batch)
     add("--lr", type=number(float, 1e-8, 1), help="highest learning rate of Adam")
-    add("--seed", type=number(int, 0, 10**9), help="seed of all random numbers (0)")
-    add("--device", default="auto", help="cpu, cuda, cuda:N or mps (auto: a GPU, if any)")
-    add(
-        "--precision",
-        choices=PRECISIONS,
-        help="for convolutions and matrix products (the faster)",
-    )
-    add("--compile", action="store_true", help="torch.compile, for a GPU")
+    add("--seed", type=number(int, 0, 10**9), help="seed of all random numbers (default: 0)")
+    device = "cpu, cuda, cuda:N or mps (default: a GPU if there is one)"
+    add("--device", default="auto", help=device)
+    precision = "of convolutions and matrix products (default: the faster)"
+    add("--precision", choices=PRECISIONS, help=precision)
+    add("--compile", action="store_true", help="use torch.compile, which is meant for a GPU")
     add("--fresh", action="store_true", help="train anew, and replace what is in --out")
     add("--sample", type=number(int, 1, 10000), help="only draw this many images, using --seed")
-    add("--load", type=place, help="with --sample: the checkpoint (the one in --out)")
+    load = "with --sample: the checkpoint to use (default: the one in --out)"
+    add("--load", type=place, help=load)
     return parser
 
 
 def run(main):
-    """Runs main().  Errors that the user can fix print one line and exit with an error code."""
+    """Runs main().  An error that the user can fix prints one line and sets an exit code."""
     for stream in sys.stdout, sys.stderr:
-        if hasattr(stream, "reconfigure"):  # not in a notebook, nor where it is closed
+        if hasattr(stream, "reconfigure"):  # a notebook's stream lacks it; a closed one is None
             stream.reconfigure(errors="replace")  # for terminals without Greek letters
     try:
         main()
@@ -844,14 +899,14 @@ def run(main):
     except InputError as error:
         sys.exit("error: " + _readable(" ".join(str(error).split())))  # one line
     except BrokenPipeError:
-        sys.stdout = None  # nothing more can be said there
+        sys.stdout = None  # nothing more can be printed there
         sys.exit("error: the output was closed; run the same command to resume")
     except KeyboardInterrupt:
         going_on = ": run the same command to resume after the last finished epoch"
         if any(flag.startswith(("--sample", "--fresh")) for flag in sys.argv):
-            going_on = ""  # nothing was trained, or it would be trained anew
+            going_on = ""  # --sample trained nothing, and --fresh would train anew
         sys.exit(f"\nstopped{going_on}")
     finally:
-        _locks.clear()  # a notebook goes on after this
+        _locks.clear()  # in a notebook the process lives on, and so would its locks
     if WORLD > 1:
         dist.destroy_process_group()

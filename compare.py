@@ -1,13 +1,13 @@
-"""The comparison of the course report, measured: a VAE and a DDPM beside real digits.
+"""Repeats the course report's comparison of a VAE and a DDPM, and measures both.
 
-Trains a DDPM, the report's VAE (an MLP with 2 latent numbers) and a convolutional VAE with 20
-(in OUT/conv), or resumes those that are there.  It writes report.md, results.json and
-figures into OUT.
+Trains three models, or resumes those that OUT already has: a DDPM, the course report's VAE (an MLP
+with a 2-D latent) and a convolutional VAE with a 20-D latent (in OUT/conv).  It compares them with
+real digits, and writes report.md, results.json and figures into OUT.
 
-  python compare.py                  with the defaults of ddpm.py
-  python compare.py --recipe paper   Ho's loss, L_simple, and 100 epochs, as in the course report
+  python compare.py                  ddpm.py's default recipe: paper on an NVIDIA GPU, else short
+  python compare.py --recipe paper   Ho's loss, L_simple, and the course report's 100 epochs
 
-In this file, images are uint8 (N, C, H, W), as the data are, unless a function says otherwise.
+In this file, images are uint8 (N, C, H, W), as in the data, unless a function says otherwise.
 """
 
 import contextlib
@@ -33,15 +33,15 @@ from ddpm import to_image, to_model
 
 # ---- settings
 
-MOST = 10000  # images per row of the table
+MOST = 10000  # images per row of the table, at most
 CURVE_OF = {"cuda": 10000, "cpu": 2000}  # images per point of the quality curve
-BITS_OF = {"cuda": 2000, "cpu": 128}  # test images for the bound, a thousand evaluations each
+BITS_OF = {"cuda": 2000, "cpu": 128}  # test images for the bound: each takes 1000 evaluations
 SAMPLERS_OF = {"cuda": 10000, "cpu": 500}  # images per cell of the table of samplers
-NOISE = 0.2  # of real digits' own distance: an excess below that comes and goes between epochs
+NOISE = 0.2  # fraction of real digits' Fréchet distance: a smaller excess varies between epochs
 COUNTED = 20000  # training images on which the histograms of the bound are counted
 COPIES = 2000  # images that are searched for copies: comparing all pixels of all pairs is slow
 RETURNED = 500  # test images that are encoded and decoded
-TRAINING = {"reader": 480, "critic": 250}  # updates of the networks that measure
+UPDATES = {"reader": 480, "critic": 250}  # training updates of the networks that measure
 
 REAL = "real training digits"
 TEST = "real test digits"
@@ -60,37 +60,41 @@ RUNS = {  # script, checkpoint in OUT, settings of its own
     "conv VAE": (vae, "conv/vae.pt", {"latent_dim": 20, "network": "conv"}),
 }
 VAES = ("2-D VAE", "conv VAE")
-SHORT_EPOCHS = {"2-D VAE": 30, "conv VAE": 10}  # beside the DDPM's recipe "short"
+SHORT_EPOCHS = {"2-D VAE": 30, "conv VAE": 10}  # of the VAEs, if the recipe is "short"
 SHARED = ("data", "size", "limit", "seed", "precision")  # settings that all models have in common
 
 
 def open_runs(args, device):
-    """{name: args of its train} for each of RUNS; fills in the shared flags that args leave open.
+    """{name: the args to train it with} for each of RUNS; also completes the shared flags in args.
 
-    A flag that is not given is as in the models that OUT has already, else the default.
-    InputError where flags or models contradict one another, or a model's script has changed.
+    A flag that is not given takes its value from the models already in OUT, else the default.
+    InputError if flags or models contradict one another, or if a model's script has changed.
     """
     out = Path(args.out)
-    stored = {}  # the settings of the models that are there
+    stored = {}  # the settings of the models that OUT already has
     for name, (script, file, own) in RUNS.items():
         if (out / file).exists() and not args.fresh:
-            # Without flags, so that changed code is reported before the settings are compared.
+            # Without other flags, so that changed code is reported before settings are compared.
             run = script.parse(["--out", args.out])
             settings, _ = common.find_run(run, out / file, {}, script.CODE)
             stored[name] = vars(settings)
             if any(stored[name][flag] != value for flag, value in own.items()):
-                raise common.InputError(f"{out / file} differs from {own}: choose another --out")
+                wanted = ", ".join(f"{flag} {value}" for flag, value in own.items())
+                raise common.InputError(f"{out / file} lacks {wanted}: choose another --out")
 
     for flag in SHARED:
         values = [settings[flag] for settings in stored.values()]
         if any(value != values[0] for value in values):
-            raise common.InputError(f"{out} has {flag} {values}: choose another --out")
+            values = ", ".join(map(str, values))
+            raise common.InputError(
+                f"the models in {out} differ in {flag} ({values}): choose another --out"
+            )
         if getattr(args, flag) is None:
             setattr(args, flag, values[0] if values else common.defaults(device)[flag])
     if args.limit and args.limit < 100:
-        raise common.InputError(f"--limit {args.limit} is too few: give 100 or more")
+        raise common.InputError(f"--limit {args.limit} is too few images: give 100 or more")
     if args.data not in common.SETS:
-        raise common.InputError(f"{args.data} has no labels: choose {', '.join(common.SETS)}")
+        raise common.InputError(f"compare.py takes no folder: choose {', '.join(common.SETS)}")
     if args.recipe is None:
         default = ddpm.defaults(args, device)
         args.recipe = stored.get("DDPM", default)["recipe"]
@@ -128,13 +132,13 @@ def to_bytes(x):
 
 
 def evaluations(model):
-    """Network evaluations for a sample, as the pictures are drawn."""
+    """Network evaluations per sample, by the sampler that draws the pictures."""
     return ddpm.steps_and_order(model)[0] if isinstance(model, ddpm.DDPM) else 1
 
 
 @contextlib.contextmanager
 def seeded(seed, device):
-    """Random numbers from this seed inside; outside they go on as before."""
+    """Inside, random numbers start from this seed; outside, they continue as if undisturbed."""
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         yield
@@ -142,14 +146,14 @@ def seeded(seed, device):
 
 @torch.no_grad()
 def draw_samples(model, n, seed, device, precision=None):
-    """n images from the seed; of a VAE the decoder's means."""
+    """n images from the seed.  A VAE's are decoder means."""
     with seeded(seed, device), common.autocast(device, precision):
         is_vae = isinstance(model, vae.VAE)
         return to_bytes(model.sample(n) if is_vae else ddpm.sample_many(model, n))
 
 
 def timed_samples(model, n, seed, device, precision=None):
-    """draw_samples, and the ms for each: the median of repeated draws that fill 0.2 s."""
+    """draw_samples, and the ms per image: the median of draws that are repeated for 0.2 s."""
     draw_samples(model, 1, seed, device, precision)  # to warm up
     seconds = []
     while sum(seconds) < 0.2:
@@ -169,7 +173,7 @@ SAMPLERS = {  # eta and order of ddpm.trajectory
 
 @torch.no_grad()
 def draw_by(model, sampler, steps, xT, precision=None):
-    """The images that one of SAMPLERS draws from the noise xT in so many steps."""
+    """The images that one of SAMPLERS draws from the noise xT in this many steps."""
     images = []
     with common.autocast(xT.device, precision):
         for part in xT.split(500):
@@ -180,10 +184,11 @@ def draw_by(model, sampler, steps, xT, precision=None):
 
 
 def compare_samplers(model, yardstick, seed, device, precision):
-    """Each sampler in 5, 10, 20 and 50 steps, from the same x_T.
+    """Draws with each sampler in 5, 10, 20 and 50 steps, from the same x_T.
 
-    -> {sampler: {steps: Fréchet distance}}, {label: its first ten images}, and the number of
-    images behind each distance.  Ho's takes all T steps, too: on a CPU only for the picture.
+    -> {sampler: {steps: Fréchet distance}}, {label: the first ten images}, and the number of
+    images behind each distance.  Ho's sampler also takes all T steps, on a CPU only for the
+    picture.
     """
     n = min(SAMPLERS_OF[device.type], yardstick.n // 4)
     distances = {sampler: {} for sampler in SAMPLERS}
@@ -195,7 +200,7 @@ def compare_samplers(model, yardstick, seed, device, precision):
         for sampler, steps in common.progress([*pairs, ("Ho's", model.T)], "samplers"):
             whole = steps < model.T or device.type == "cuda"
             images = draw_by(model, sampler, steps, xT if whole else xT[:10], precision)
-            rows[f"{sampler}, {steps}"] = images[:10] / 255
+            rows[f"{sampler}, {steps} steps"] = images[:10] / 255
             if whole:
                 distances[sampler][steps] = yardstick.distance(images)
     return distances, rows, n
@@ -213,10 +218,11 @@ def describe(device):
 
 
 def watcher(yardstick, last, device, precision=None):
-    """What train calls after each epoch: points of a curve at 1, 2, 3, 5, 7, 10, 15, ... and last.
+    """What train calls after each epoch, to measure how good the samples are by then.
 
-    A point has the samples' Fréchet distance, its excess over that of as many real training digits
-    (this is what is left to learn), and the device that trains.
+    It measures at epochs 1, 2, 3, 5, 7, 10, 15, 20, 30, ... and last.  Each point of this curve
+    has the samples' Fréchet distance, its excess over the distance of as many real training digits
+    (this is what is left to learn), the number of images, and the device that trains.
     """
     n = min(CURVE_OF[device.type], yardstick.n)
     floor = yardstick.distance(yardstick.control[:n])
@@ -233,9 +239,10 @@ def watcher(yardstick, last, device, precision=None):
 
 
 def seconds_until(history, excess):
-    """Seconds of training until the excess falls to this value, between a curve's points linearly.
+    """Seconds of training until the excess falls to this value, interpolated between the points.
 
-    -> seconds, whether the first point was below already ("at most"); None, False if never.
+    -> seconds, and whether the first point was already that low ("at most").  (None, False) if the
+    excess never falls that far.
     """
     curve = [row for row in history if "excess" in row]
     for before, row in zip([None, *curve], curve, strict=False):
@@ -248,21 +255,24 @@ def seconds_until(history, excess):
 
 
 def steady(history):
-    """The history as if every epoch took the median time: some include a compiler's time."""
+    """The history as if every epoch took the median time, because some include compiling."""
     ends = torch.tensor([0.0, *(row["seconds"] for row in history)])
     typical = ends.diff().median().item()
     return [{**row, "seconds": typical * row["epoch"]} for row in history]
 
 
 def training_numbers(model, history, vae_history, images):
-    """The columns about training on so many images; EQUAL aims at vae_history's least excess."""
+    """The columns about training on this many images.
+
+    The target of EQUAL is the least excess in vae_history.
+    """
     usual = steady(history)
     reached = [row["excess"] for row in history if "excess" in row]
     vae_reached = [row["excess"] for row in vae_history if "excess" in row]
     equal = own = None
     if reached and vae_reached:
         equal = seconds_until(usual, min(vae_reached))
-    if reached and reached[-1] > 0:  # an excess below 0 is noise, and no target
+    if reached and reached[-1] > 0:  # an excess of 0 or less is noise, not a target
         own = seconds_until(usual, 1.5 * reached[-1])
     batch_size = min(model.settings["batch_size"], images)
     return {
@@ -273,7 +283,7 @@ def training_numbers(model, history, vae_history, images):
         "updates": len(history) * (images // batch_size),
         "training, s": usual[-1]["seconds"],
         "s per epoch": usual[-1]["seconds"] / len(history),
-        "training, s, with all waiting": history[-1]["seconds"],
+        "training, s, with compiling": history[-1]["seconds"],
         EQUAL: equal,
         OWN: own,
     }
@@ -281,7 +291,7 @@ def training_numbers(model, history, vae_history, images):
 
 @torch.no_grad()
 def multiply_adds(model):
-    """Those of one image in training's forward pass, in convolutions and matrix products."""
+    """Multiply-adds of one image in training's forward pass: convolutions and matrix products."""
     with FlopCounterMode(display=False) as counter:
         model(torch.zeros(1, *model.shape, device=next(model.parameters()).device))
     return counter.get_total_flops() // 2
@@ -291,9 +301,9 @@ def multiply_adds(model):
 
 
 class Classifier(nn.Module):
-    """Classes of images (B, C, H, W) with levels 0 ... 255, (B, classes).
+    """Logits (B, classes) of the classes of images (B, C, H, W) with levels 0 ... 255.
 
-    features (B, 128) is what comes before the last layer.
+    features (B, 128) is what comes before the last layer, which is `head`.
     """
 
     def __init__(self, shape, classes, width):
@@ -306,18 +316,18 @@ class Classifier(nn.Module):
         area = math.ceil(H / 8) * math.ceil(W / 8)
         hidden = nn.Linear(4 * width * area, 128)
         self.layers = nn.Sequential(*layers, nn.Flatten(), hidden, nn.ReLU())
-        self.leave = nn.Linear(128, classes)
+        self.head = nn.Linear(128, classes)
         self.to(memory_format=torch.channels_last)  # many times faster in bfloat16 on a CPU
 
     def features(self, images):
         return self.layers((images / 255).contiguous(memory_format=torch.channels_last))
 
     def forward(self, images):
-        return self.leave(self.features(images))
+        return self.head(self.features(images))
 
 
 def fit(model, inputs, labels, steps, lr, weight_decay, shift=0):
-    """Trains a classifier, on batches of images that are shifted by up to so many pixels."""
+    """Trains a classifier in `steps` updates; each batch is rolled by up to `shift` pixels."""
     optimizer = torch.optim.AdamW(model.parameters(), lr, weight_decay=weight_decay, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=lr, total_steps=steps)
     for _ in common.progress(range(steps), "classifier"):
@@ -334,10 +344,11 @@ def fit(model, inputs, labels, steps, lr, weight_decay, shift=0):
 
 
 def told_apart(make_critic, real, fake, seed):
-    """How often a critic that was trained on half of both sets is right about the other halves.
+    """How often a critic that was trained on one half of each set is right about the other halves.
 
-    ½: it cannot tell them apart.  real and fake, (N, ...) each, are inputs of the network that
-    make_critic() returns.  Lopez-Paz & Oquab 2017, section 3
+    This is a classifier two-sample test (Lopez-Paz & Oquab 2017, section 3): ½ means that it
+    cannot tell the sets apart.  real and fake, (N, ...) each, are inputs of the network that
+    make_critic() returns.
     """
     n = min(len(real), len(fake)) // 2
     learned = torch.cat([real[:n], fake[:n]])
@@ -345,15 +356,16 @@ def told_apart(make_critic, real, fake, seed):
     labels = torch.arange(2 * n, device=real.device) // n  # 0 where real
     with seeded(seed, real.device):
         critic = make_critic().to(real.device)
-        fit(critic, learned, labels, TRAINING["critic"], lr=4e-3, weight_decay=0.05)
+        fit(critic, learned, labels, UPDATES["critic"], lr=4e-3, weight_decay=0.05)
     found = torch.cat([critic(batch).argmax(1) for batch in asked.split(500)])
     return (found == labels).double().mean().item()
 
 
 def frechet(a, b):
-    """|Δμ|² + tr(A + B - 2 √(√B A √B)) of features (n, d) and (m, d), which falls with n.
+    """The Fréchet distance between normals fitted to features a (n, d) and b (m, d).
 
-    The Fréchet distance of fitted normals.  Heusel et al. 2017 (6), there of other features
+    It is |Δμ|² + tr(A + B - 2 √(√B A √B)).  Few samples make it too large, so only distances of
+    equal n can be compared.  Heusel et al. 2017 (6), there with another network's features
     """
     a = a.double()
     b = b.double()
@@ -367,28 +379,29 @@ def frechet(a, b):
 
 
 def nearest(a, b):
-    """Distance from each of a (n, d) to the nearest of b (m, d), and which that is: (n,) each."""
+    """For each of a (n, d), the distance to the nearest of b (m, d), and its index: (n,) each."""
     found = [torch.cdist(part, b).min(1) for part in a.split(500)]
     return torch.cat([each.values for each in found]), torch.cat([each.indices for each in found])
 
 
 def coverage(samples, real, k=5):
-    """Share of real (n, d) with one of samples (m, d) as near as the k-th neighbour among real.
+    """The share of real (n, d) that one of samples (m, d) is near to.
 
-    Naeem et al. 2020 (5)
+    That is, at least as near as the k-th neighbor among real.  Naeem et al. 2020 (5)
     """
-    # the first is the point itself
+    # k + 1, because the nearest of all is the point itself.
     radii = [torch.cdist(part, real).kthvalue(k + 1).values for part in real.split(500)]
     distances, _ = nearest(real, samples)
     return (distances <= torch.cat(radii)).double().mean().item()
 
 
 class Yardstick:
-    """Measures images against test images and three parts of the training images.
+    """Measures images against the test images and three disjoint parts of the training images.
 
-    The parts are the same for all seeds.  known: the reader, a classifier of
-    digits, is trained on these, and "far" is the distance to them; critics: the critics learn to
-    tell samples from these; control: a row of the table.  n: images in each part but the first.
+    The parts do not depend on the seed.  known: the reader, a classifier of digits, is trained on
+    these, and "far" is measured from them.  critics: the critics learn to tell samples from these.
+    control: the real digits that have a row of their own in the table.  n: the number of images in
+    critics, in control and in test.
     """
 
     def __init__(self, x_train, y_train, x_test, y_test, seed, most):
@@ -404,7 +417,7 @@ class Yardstick:
         self.classes = torch.bincount(y_train, minlength=10) / len(y_train)
         with seeded(0, x_train.device):
             self.reader = Classifier(x_train.shape[1:], 10, width=24).to(x_train.device)
-            steps = TRAINING["reader"]
+            steps = UPDATES["reader"]
             fit(self.reader, x_train[known], y_train[known], steps, 4e-3, 0.0, shift=2)
         self.known_features, _ = self.read(x_train[known])
         self.test_features, probabilities = self.read(self.test)
@@ -418,10 +431,10 @@ class Yardstick:
     def read(self, images):
         """-> features (N, 128) and probabilities of the ten classes (N, 10)."""
         features = torch.cat([self.reader.features(part) for part in images.split(500)])
-        return features, self.reader.leave(features).softmax(1)
+        return features, self.reader.head(features).softmax(1)
 
     def know(self, images):
-        """All that the columns know of an image: features, confidence, distance, (N, 130)."""
+        """What the reader says of images: features, confidence, distance to known, (N, 130)."""
         features, probabilities = self.read(images)
         distance, _ = nearest(features, self.known_features)
         known = [features, probabilities.amax(1, keepdim=True), distance[:, None]]
@@ -432,11 +445,11 @@ class Yardstick:
         return frechet(self.read(images)[0], self.test_features)
 
     def told(self, images, known, real, real_known):
-        """told_apart by a CNN, which sees gray and blur, and by an MLP, which sees what is shown.
+        """told_apart by a CNN, from the pixels, and by an MLP, from what the reader says of them.
 
-        known, real_known: what know says of images and of real.
+        known, real_known: know(images) and know(real).
         """
-        # log1p, because distances have a long tail
+        # The last column, the distance, has a long tail, hence log1p.
         inputs = [
             torch.cat([each[:, :-1], each[:, -1:].log1p()], 1) for each in (known, real_known)
         ]
@@ -457,11 +470,11 @@ class Yardstick:
         }
 
     def measure(self, images):
-        """The columns about images; and a dict of what else is known about them."""
+        """The columns about these images, and a dict of what else was measured."""
         known = self.know(images)
         features = known[:, :-2]
         confidence, far = known[:, -2:].unbind(1)
-        read = self.reader.leave(features).argmax(1)
+        read = self.reader.head(features).argmax(1)
         classes = torch.bincount(read, minlength=10) / len(images)
         unsure = confidence < 0.9
         far = far > self.far
@@ -479,7 +492,8 @@ class Yardstick:
             "far": share(far),
             "degenerate": share(unsure | far),
             "copied": share(copied < self.copied),
-            "classes off by": (classes - self.classes).abs().sum().item() / 2,  # total variation
+            # the total variation distance
+            "classes off by": (classes - self.classes).abs().sum().item() / 2,
         }
         more = {"told": told, "told by shape": told_by_shape, "classes": classes.tolist()}
         return row, more
@@ -491,7 +505,7 @@ def share(which):
 
 
 def by_shape(images):
-    """Cut at ½, so that neither blur nor gray can be seen."""
+    """Images thresholded at ½, so that neither blur nor gray can be seen."""
     return 255 * (images > 127).byte()
 
 
@@ -501,8 +515,8 @@ RULES = ("unsure", "far", "degenerate")
 def audit(rows):
     """The accuracy of rules such as "unsure, therefore not real": {row: {column: accuracy}}.
 
-    No column may tell samples from real digits better than the critics do, but for "copied": the
-    real digits here are themselves training digits.
+    No such rule should tell samples from real digits better than the critics do.  "copied" is not
+    among RULES, because the real digits it would be compared with are training digits themselves.
     """
     found = {}
     for name, row in rows.items():
@@ -511,11 +525,11 @@ def audit(rows):
     return found
 
 
-# ---- the bound, of both models by one kind of decoder
+# ---- the bound, for all models with the same kind of decoder
 
-BINS = (32, 64, 128, 256, 512, 1024)  # of the decoder's mean, to choose from
-LENGTHS = (1, 2, 5, 10, 20, 50, 100, 200, 500)  # chains of so many steps, and of all
-FIRST = (1, 8, 64)  # times at which a chain's decoder may stand
+BINS = (32, 64, 128, 256, 512, 1024)  # numbers of bins for the decoder's mean, to choose from
+LENGTHS = (1, 2, 5, 10, 20, 50, 100, 200, 500)  # numbers of steps of the chains; T is added
+FIRST = (1, 8, 64)  # times from which a chain's last step, the decoder, may start; T is added
 
 
 def bits(nats, shape):
@@ -526,7 +540,7 @@ def bits(nats, shape):
 def histogram_bits(images, bins, counted, counted_bins, n):
     """-log p(level | bin) of images in bits/dim, (B,), where p is counted on other images.
 
-    bins: in 0 ... n-1, as the images.  Every count is raised by 0.1, so that no p is 0.
+    bins: ints in 0 ... n-1, shaped like images.  0.1 is added to every count, so that no p is 0.
     """
     cells = 256 * counted_bins + counted.long()
     counts = torch.bincount(cells.flatten(), minlength=256 * n).view(n, 256) + 0.1
@@ -535,7 +549,7 @@ def histogram_bits(images, bins, counted, counted_bins, n):
 
 
 def position_bits(images, counted):
-    """bits/dim of images (B,) without a model: by a histogram for each pixel's position."""
+    """bits/dim (B,) of images without a model: by one histogram for each pixel's position."""
     D = math.prod(images.shape[1:])
     bins = torch.arange(D, device=images.device).view(1, *images.shape[1:])
     return histogram_bits(images, bins, counted, bins, D)
@@ -545,9 +559,9 @@ def decoder_bits(mean_of, parts):
     """-log p(images | mean) in bits/dim, by a histogram of the levels for each bin of the mean.
 
     mean_of: images -> the model's means in [0, 1] after one draw of the latents.
-    parts: {"counted", "chosen", "test"}: images on which the histograms are counted, others on
-    which the best of BINS is chosen, and those of the result.
-    -> (B,) of "test", the mean of "chosen", the number of bins.
+    parts: {"counted", "chosen", "test"}: the images whose levels the histograms count, others that
+    decide which of BINS is best, and those whose bits are asked for.
+    -> the bits (B,) of "test", the mean bits of "chosen", and the number of bins.
     """
     means = {}
     for name, images in parts.items():
@@ -563,20 +577,20 @@ def decoder_bits(mean_of, parts):
 
 
 def mean_and_error(values):
-    """(B,) -> their mean and its standard error."""
+    """(B,) -> the mean and its standard error."""
     error = values.double().std() / len(values) ** 0.5
     return values.mean().item(), error.item()
 
 
 def bound(decoder, kl):
-    """A row of the table of bits: both parts (B,), their sum and its standard error."""
+    """A row of the table of bits, from both terms (B,): their means, the total and its error."""
     total, error = mean_and_error(decoder.cpu() + kl.cpu())
     parts = {"decoder": decoder.mean().item(), "KL": kl.mean().item()}
     return parts | {"total": total, "standard error": error}
 
 
 def vae_bits(model, parts, seed):
-    """Both terms of -ELBO in bits/dim, and the decoder's bins.  KW (7)"""
+    """A row of the table of bits: both terms of -ELBO, and the number of bins.  KW (7)"""
 
     def mean_of(part):
         mu, logvar = model.encode(part / 255)
@@ -596,13 +610,13 @@ def x0_errors(model, x0):
 
 
 def chain_kl(model, times, errors, mse):
-    """The KLs of ddpm.vlb_terms through times, all but L_T, summed, in bits/dim, (B,).
+    """The sum of the KLs of ddpm.vlb_terms along times, without L_T, in bits/dim, (B,).
 
-    σ_t² is the best: β̃ plus the mean's squared error (Bao et al. 2022).
-    errors: of x0_errors, (B, T+1); mse: the same for each pixel on training images, (T+1,)
+    Each σ_t² is the best one: β̃ plus the mean squared error of the mean (Bao et al. 2022).
+    errors: what x0_errors gives, (B, T+1); mse: the same per pixel, on training images, (T+1,)
     """
     nats = torch.zeros(len(errors), dtype=torch.float64)
-    for t, s in list(itertools.pairwise(times))[:-1]:  # but the last step, which is the decoder
+    for t, s in list(itertools.pairwise(times))[:-1]:  # the last step is the decoder
         of_x0, beta_tilde = model.q_posterior(1.0, 0.0, t, s)
         variance = beta_tilde + of_x0**2 * mse[t].item()
         nats += ddpm.kl_of_step(model, t, s, errors[:, t], variance).cpu().double()
@@ -610,12 +624,12 @@ def chain_kl(model, times, errors, mse):
 
 
 def best_chains(model, mse, decoders):
-    """{K: the K+1 times T ... 0 of the chain of at most K steps with the least bound}.
+    """{K: the times T ... 0 of the chain with the least bound among those of at most K steps}.
 
-    mse: of chain_kl; decoders: {t: bits of the decoder at t}, both of training images.
-    With the best variance, a step from t to s costs ½ log(1 + mse_t (SNR_s - SNR_t)), with the
-    signal-to-noise ratio SNR = ᾱ / (1-ᾱ).  So the best path is found step by step (Watson et al.
-    2021).
+    mse: as for chain_kl; decoders: {t: bits of the decoder at t}, both on training images.  With
+    the best variance, a step from t to s costs ½ log2(1 + mse_t (SNR_s - SNR_t)) bits/dim, where
+    SNR = ᾱ / (1-ᾱ) is the signal-to-noise ratio.  So dynamic programming finds the best chain
+    (Watson et al. 2021).
     """
     T = model.T
     alpha_bar = model.alpha_bar[1:]
@@ -625,7 +639,7 @@ def best_chains(model, mse, decoders):
     t, s = torch.meshgrid(torch.arange(T), torch.arange(T), indexing="ij")
     cost[s >= t] = math.inf
 
-    reached = torch.full((T,), math.inf, dtype=torch.float64)  # cost of the way from T to each t
+    reached = torch.full((T,), math.inf, dtype=torch.float64)  # the least cost from T to each t
     reached[-1] = 0
     came_from = []  # for each number of steps
     chains = {}
@@ -685,7 +699,7 @@ def ddpm_bits(model, parts, seed):
     sampled = max(length for length in lengths if length <= evaluations(model))
     rows = {
         "DDPM": row,
-        f"DDPM, the best of at most {sampled} steps": chains[sampled],
+        f"DDPM, the best chain of at most {sampled} steps": chains[sampled],
         HOS_DECODER: bound(hos_decoder, chain_kl(model, times, errors, mse) + last),
         HOS_OWN: bound(hos_decoder, own),
     }
@@ -696,9 +710,9 @@ def ddpm_bits(model, parts, seed):
 
 
 def ddim_encode(model, times, x0):
-    """The x_T, like x0, from which DDIM through times comes back to x0, or nearly so.
+    """The x_T, shaped like x0, from which DDIM along times leads back to x0, or nearly so.
 
-    times: T ... 0.  It takes DDIM's steps backwards; the first noisy image is x0 itself.
+    times: T ... 0.  It takes DDIM's steps backwards, with x0 in place of the least noisy x_t.
     Song et al. 2021, section 4.3
     """
     xt = x0
@@ -712,7 +726,7 @@ def ddim_encode(model, times, x0):
 
 @torch.no_grad()
 def there_and_back(model, x):
-    """Images x in [0, 1], encoded and decoded: like x.  The DDPM's code is x_T, by DDIM."""
+    """Images x in [0, 1], encoded and decoded: like x.  The DDPM's code is ddim_encode's x_T."""
     if isinstance(model, vae.VAE):
         return model.decode(model.encode(x)[0])
     times = model.times(min(50, model.T))
@@ -732,9 +746,9 @@ def reconstructions(models, x):
     """Images x in [0, 1], encoded and decoded -> {label: like x}."""
     rows = {TEST: x}
     for name in VAES:
-        rows[f"{name}: {models[name].latent_dim} numbers"] = there_and_back(models[name], x)
+        rows[f"{name}: {models[name].latent_dim}-D code"] = there_and_back(models[name], x)
     model = models["DDPM"]
-    rows[f"DDPM, DDIM: {math.prod(model.shape)} numbers"] = there_and_back(model, x)
+    rows[f"DDPM by DDIM: {math.prod(model.shape)}-D code"] = there_and_back(model, x)
     times = model.times(evaluations(model))
     with common.autocast(x.device, model.settings["precision"]):
         for part in 0.25, 0.5, 0.75:
@@ -743,13 +757,16 @@ def reconstructions(models, x):
             x0 = to_model(x)
             xt = model.q_sample(x0, t, torch.randn_like(x0))
             *_, (_, back, _) = model.trajectory(xt, times[start:], order=2)
-            rows[f"DDPM, noise to t = {t} and back"] = to_image(back)
+            rows[f"DDPM, noised to t = {t} and denoised"] = to_image(back)
     return rows
 
 
 @common.plain_style
 def figure_1(model, x, labels, out, title):
-    """The report's figure 1, for x (N, C, H, W) in [0, 1]: ε (one for all), z, means of p(x|z)."""
+    """The course report's figure 1, for x (N, C, H, W) in [0, 1].
+
+    From left to right: ε, the same for all x; z; and means of p(x|z).
+    """
     eps = torch.randn(200, 2, device=x.device)
     eps = eps[eps[:, 0].argsort()]
     crosses = [0, 100, 199]  # the least, the median and the greatest ε_1
@@ -757,7 +774,7 @@ def figure_1(model, x, labels, out, title):
     z = model.reparameterize(mu[:, None], logvar[:, None], eps)  # (N, 200, 2)
     figure = Figure(figsize=(11, 4.2), dpi=130, layout="constrained")
     figure.suptitle(
-        f"{title}: " + r"gradients flow through $z$ to $\mu$ and $\sigma$, not to $\epsilon$"
+        f"{title}: " + r"the reparameterization trick; only $\mu$ and $\sigma$ are learned"
     )
     left, middle, right = figure.subplots(1, 3)
     left.plot(*eps.cpu().T, ".", color="gray", markersize=3)
@@ -767,17 +784,17 @@ def figure_1(model, x, labels, out, title):
         middle.plot(*points.T, ".", color=f"C{label}", label=label, markersize=3)
         middle.plot(*points[crosses].T, "kx")
     middle.set(title=r"$z = \mu(x) + \sigma(x) \odot \epsilon$", xlabel="$z_1$", ylabel="$z_2$")
-    middle.legend(title="$x$ shows a", markerscale=3)
+    middle.legend(title="digit", markerscale=3)
     rows = torch.cat([x[:, None], model.decode(z[:, crosses])], dim=1)  # (N, 4, C, H, W)
     right.imshow(make_grid(rows.flatten(0, 1).cpu(), 4, padding=0).permute(1, 2, 0).numpy())
-    right.set_title("$x$, and the decoded crosses")
+    right.set_title("$x$, then the decoded crosses")
     right.set_axis_off()
     common.save_figure(figure, out / "figure1_reparameterization.png")
 
 
 @torch.no_grad()
 def figure_2(model, yardstick, images, labels, out, title):
-    """The report's figure 2, for images picked by relative_error."""
+    """The course report's figure 2, for images picked by relative_error."""
     x = images / 255
     again = torch.cat([there_and_back(model, batch) for batch in x.split(1000)])
     error = relative_error(x, again)
@@ -786,24 +803,33 @@ def figure_2(model, yardstick, images, labels, out, title):
     wrong = order[(found != labels)[order]]
     right = order[(found == labels)[order]]
     picks = torch.cat([wrong[-1:], wrong[:1], right[len(right) // 2 :][:1]]).tolist()
-    kinds = ("lost", "near miss", "faithful")[-len(picks) :]  # no digit may be misread
+    kinds = ("lost", "near miss", "faithful")[-len(picks) :]  # fewer if no digit is misread
     names = []
     for kind, i in zip(kinds, picks, strict=True):
-        names.append(f"{kind}:\n{labels[i]}, read as {found[i]}")
-    title = f"{title}: misread digits with the largest\nand smallest error; median of the others"
+        names.append(f"{kind}:\n{labels[i]}, read\nas {found[i]}")
+    title = (
+        f"{title}: misread digits with the largest and\nsmallest error, and the median of others"
+    )
     rows = {TEST: x[picks], "reconstructions": again[picks]}
     common.plot_rows(rows, out / "figure2_reconstructions.png", title, names)
 
 
+COLORS = {"DDPM": "C0", "2-D VAE": "C1", "conv VAE": "C2", REAL: "gray"}  # the same in all figures
+
+
 @common.plain_style
 def plot_lines(lines, levels, path, title, xlabel, ylabel, yscale="log"):
-    """Lines {label: (x, y)} and horizontal ones {label: y}; x is logarithmic."""
+    """Lines {label: (x, y)} and horizontal lines {label: y}, over a logarithmic x axis.
+
+    The label of a line begins with the name of its model.
+    """
     figure = Figure(figsize=(6.4, 4.4), dpi=130, layout="constrained")
     axes = figure.subplots()
     for label, (x, y) in lines.items():
-        axes.plot(x, y, marker="o", markersize=9 / (1 + len(x)) ** 0.4, label=label)
-    for i, (label, y) in enumerate(levels.items()):
-        axes.axhline(y, color=f"C{len(lines) + i}", linestyle="--", label=label)
+        style = {"marker": "o", "markersize": 9 / (1 + len(x)) ** 0.4}
+        axes.plot(x, y, **style, color=COLORS[label.partition(",")[0]], label=label)
+    for label, y in levels.items():
+        axes.axhline(y, color="gray", linestyle="--", label=label)
     axes.set(xscale="log", yscale=yscale, title=title, xlabel=xlabel, ylabel=ylabel)
     for axis in (axes.xaxis, axes.yaxis) if yscale == "log" else (axes.xaxis,):
         axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -816,7 +842,7 @@ def plot_lines(lines, levels, path, title, xlabel, ylabel, yscale="log"):
 
 @common.plain_style
 def draw_figures(results, out):
-    """The figures of numbers."""
+    """The figures that plot numbers."""
     name = results["name"]
     noise = NOISE * results["curve floor"]
     lines = {}
@@ -826,44 +852,53 @@ def draw_figures(results, out):
             excess = [max(row["excess"], noise) for row in curve]
             line = [row["seconds"] for row in curve], excess
             lines[f"{label}, {results['rows'][label]['trained on']}"] = line
-    title = f"{name}: quality against training time"
-    ylabel = f"Fréchet distance of {results['curve n']} samples\nminus that of real digits"
-    levels = {"below this: noise": noise}
+    title = f"{name}: sample quality against training time"
+    ylabel = (
+        f"Fréchet distance of {results['curve n']:,} samples minus\n"
+        "that of real digits (lower is better)"
+    )
+    levels = {"noise (lower values are drawn here)": noise}
     plot_lines(lines, levels, out / "quality.png", title, "seconds of training", ylabel)
 
     rows = results["bits"]
     chains = results["chains"]
     points = [(int(K), chain["total"]) for K, chain in chains.items()]
-    lines = {"DDPM, the best of at most K steps": zip(*points[:-1], strict=True)}
-    lines["DDPM, all its steps"] = zip(points[-1], strict=True)
+    lines = {"DDPM, the best chain of at most K steps": zip(*points[:-1], strict=True)}
+    lines["DDPM, all T steps"] = zip(points[-1], strict=True)
     for label in VAES:
         lines[label] = [1], [rows[label]["total"]]
     levels = {POSITION: rows[POSITION]["total"]}
-    title = f"{name}: from one latent layer to {max(map(int, chains))}"
-    axes = ("latent layers K", "-ELBO in bits/dim, lower is better")
+    title = f"{name}: the bound with 1 to {max(map(int, chains))} latent layers"
+    axes = ("latent layers K", "-ELBO in bits/dim (lower is better)")
     plot_lines(lines, levels, out / "bound_bridge.png", title, *axes, "linear")
 
     figure = Figure(figsize=(7, 4), dpi=130, layout="constrained")
     axes = figure.subplots()
     for i, label in enumerate((REAL, *RUNS)):
         places = [c + 0.2 * (i - 1.5) for c in range(10)]
-        axes.bar(places, results["classes"][label], 0.2, label=label)
-    title = f"{name}: classes of {results['n']} images each"
-    axes.set(title=title, xlabel="class read by the classifier", ylabel="share", xticks=range(10))
+        axes.bar(places, results["classes"][label], 0.2, color=COLORS[label], label=label)
+    title = f"{name}: the classes of {results['n']:,} images each"
+    xlabel = "class that the classifier reads"
+    axes.set(title=title, xlabel=xlabel, ylabel="share of images", xticks=range(10))
     figure.legend(loc="outside lower center", ncols=4)
     common.save_figure(figure, out / "diversity.png")
 
 
 @torch.no_grad()
 def draw_pictures(models, samples, yardstick, data, name, out):
-    """The figures of images."""
+    """The figures that show images."""
     x_train, x_test, y_test = data
     every = {TEST: yardstick.test, **samples}
-    title = f"{name}: the first ten from the seed (VAEs: decoder means)"
+    title = f"{name}: the first ten of each (VAEs: decoder means)"
     rows = {label: images[:10] / 255 for label, images in every.items()}
     common.plot_rows(rows, out / "figure3_samples.png", title)
-    title = f"{name}: the first {min(30, yardstick.n)}"
-    thirty = {label: images[:30] / 255 for label, images in every.items()}
+    title = f"{name}: the first thirty of each (VAEs: decoder means)"
+    thirty = {}
+    for label, images in every.items():
+        for first in 0, 10, 20:
+            tens = images[first : first + 10] / 255
+            if len(tens) == 10:  # a small --limit leaves fewer
+                thirty[f"{label}, {first + 1} to {first + 10}"] = tens
     common.plot_rows(thirty, out / "thirty_samples.png", title)
 
     known = x_train.flatten(1) / 255
@@ -872,10 +907,10 @@ def draw_pictures(models, samples, yardstick, data, name, out):
     for label, x in rows.items():
         distances, which = nearest(x.flatten(1), known)
         shown[label] = x
-        shown[f"nearest to {label}"] = x_train[which] / 255
-        notes[f"nearest to {label}"] = [f"{distance:.1f}" for distance in distances]
-    title = f"{name}: the nearest of {len(known)} training images, and its distance"
-    common.plot_rows(shown, out / "neighbours.png", title, notes=notes)
+        shown[f"{label}: nearest in training"] = x_train[which] / 255
+        notes[f"{label}: nearest in training"] = [f"{distance:.1f}" for distance in distances]
+    title = f"{name}: images above the nearest of {len(known):,} training images, with distances"
+    common.plot_rows(shown, out / "neighbors.png", title, notes=notes)
 
     title = f"{name}: test images, encoded and decoded"
     common.plot_rows(
@@ -904,7 +939,7 @@ SAMPLES = {
 
 
 def until(value):
-    """What seconds_until gives, in words."""
+    """What seconds_until gives, in words; None if there was no target."""
     if value is None:
         return "not resolved"
     seconds, at_most = value
@@ -932,7 +967,7 @@ BITS = dict.fromkeys(("decoder", "KL", "total", "standard error"), "{:.3f}") | {
 
 
 def verdict(gain, margin):
-    """Whether a claim holds by a gain; beyond the margin, but within twice that, it is close."""
+    """Whether a gain supports a claim.  Between one and two margins, it is "close"."""
     if abs(gain) <= margin:
         return "about the same"
     word = "holds" if gain > 0 else "does not hold"
@@ -948,7 +983,7 @@ def longer(d, v, column):
     if d_seconds is None or v_seconds is None or (d_at_most and v_at_most):
         return "cannot tell"
     gain = math.log2(d_seconds / v_seconds)
-    # An upper bound leaves open how much less it is.
+    # An upper bound leaves open how much shorter the true time is.
     if d_at_most and gain > -1:
         return "about the same or shorter" if gain <= 1 else "cannot tell"
     if v_at_most and gain < 1:
@@ -957,9 +992,9 @@ def longer(d, v, column):
 
 
 def claims(rows, returned):
-    """The course report's sentences on the DDPM, each with a verdict.
+    """The course report's claims about the DDPM, each with a verdict.
 
-    rows: of the table.  returned: {model: relative_error of images encoded and decoded}.
+    rows: as in results.json.  returned: {model: mean relative_error after encoding and decoding}.
     """
     d = rows["DDPM"]
     v = rows["2-D VAE"]
@@ -980,7 +1015,7 @@ def claims(rows, returned):
         diversity = "does not hold, close" if lack > 0 else "does not hold"
     least = min(rows[name]["bits/dim"] for name in VAES)
     all_bits = [f"{name} {rows[name]['bits/dim']:.2f}" for name in RUNS]
-    codes = {"DDPM": "x_T", "2-D VAE": "2 numbers", "conv VAE": "20 numbers"}
+    codes = {"DDPM": "x_T", "2-D VAE": "2-D code", "conv VAE": "20-D code"}
     errors = [f"{name} {error:.1%} ({codes[name]})" for name, error in returned.items()]
     return [
         {
@@ -1005,20 +1040,20 @@ def claims(rows, returned):
             "claim": "it takes substantially longer to converge",
             "verdict": f"to equal quality: {longer(d, v, EQUAL)}; "
             f"to its own best: {longer(d, v, OWN)}",
-            "measured": f"to the 2-D VAE's best: {seconds(EQUAL)}; "
-            f"to 1.5 times its own last: {seconds(OWN)}",
+            "measured": f"to the 2-D VAE's best quality: {seconds(EQUAL)}; "
+            f"to 1.5 times its own last excess: {seconds(OWN)}",
             "figure": "quality.png",
         },
         {
-            "claim": "its outputs cannot be compared with given images, for it starts from noise",
+            "claim": "its outputs cannot be compared with given images, as it starts from noise",
             "verdict": verdict(math.log2(returned["DDPM"] / returned["2-D VAE"]), 1),
-            "measured": f"error of images encoded and decoded: {', '.join(errors)}",
+            "measured": f"error after encoding and decoding: {', '.join(errors)}",
             "figure": "reconstructions.png",
         },
         {
             "claim": "its many steps potentially allow for more expressiveness",
             "verdict": verdict(least / d["bits/dim"] - 1, 0.05),
-            "measured": f"bits/dim, each with a histogram as decoder: {', '.join(all_bits)}",
+            "measured": f"bits/dim, each with a histogram as its decoder: {', '.join(all_bits)}",
             "figure": "bound_bridge.png",
         },
     ]
@@ -1028,7 +1063,7 @@ def claims(rows, returned):
 
 
 def table(rows, columns):
-    """Markdown of {row: {column: value}} for {column: its format, or a function}."""
+    """A Markdown table of {row: {column: value}}; columns: {column: a format or a function}."""
     lines = [["", *columns], ["---"] * (len(columns) + 1)]
     for name, row in rows.items():
         cells = []
@@ -1040,30 +1075,33 @@ def table(rows, columns):
 
 
 LEGEND = """
-Lower is better, except for coverage.  "Told from real", "by shape alone" and "copied" are best
-at the value of real digits.
+Lower is better, except for coverage.  "Told from real" and "by shape alone" are best at 50%, and
+"copied" at 1%, its value for digits that were never seen.
 
-- **told from real**: how often a small network that has to tell these images from real training
-  digits is right.  It learns from one half of each set and is asked about the other half; 50 % is
-  guessing.  There are two such networks, and the one that is right more often counts, which makes
-  the column up to a percent too high for real digits; better networks might tell more.  A
-  convolutional one looks at the pixels.  The other,
-  an MLP, is given what a classifier of digits makes of the image: its features, its confidence,
-  and the distance to the nearest training digit.
-- **by shape alone**: the same for images cut to black and white at ½.  That a VAE's decoder means
-  are gray does not count here.
-- **Fréchet distance**: how far apart the mean and the covariance of the classifier's features are,
-  between these images and the test digits.  Real digits are not at 0, because two samples differ.
+- **told from real**: how often a small network, trained to tell these images from real training
+  digits, is right.  It is trained on one half of each set and tested on the other; 50% is
+  guessing.  There are two: a convolutional network that sees the pixels, and an MLP that is given
+  what a digit classifier makes of the image: its features, its confidence, and the distance to the
+  nearest training digit.  The column shows the one that is right more often, which puts it up to a
+  percentage point too high for real digits.  Better networks might find more differences.
+- **by shape alone**: the same after thresholding all images to black and white at ½, so that the
+  gray of a VAE's decoder means does not count.
+- **Fréchet distance**: how far the mean and the covariance of the classifier's features for these
+  images are from those for the test digits.  Real digits do not score 0, because any two samples
+  differ.
 - **coverage**: the share of test digits that have one of these images at least as near as their
-  own fifth neighbour among the test digits.
-- **unsure**: the share that the classifier reads with less than 90 % confidence.
-- **far**: the share that is farther from every training digit than 99 % of the test digits are.
-  Near and far are distances in the classifier's features, to the {known} digits it learned from.
+  fifth-nearest neighbor among the test digits.
+- **unsure**: the share of images that the classifier reads with less than 90% confidence.
+- **far**: the share of images that are farther from their nearest training digit than 99% of the
+  test digits are from theirs.  Distances are between the classifier's features, here to the
+  {known} digits that it was trained on.
 - **degenerate**: unsure, far, or both.
 - **copied**: the share of {copies} images that are nearer to a training digit, pixel by pixel,
-  than 99 % of the test digits are.  It is 1 % for digits that were never seen, and 100 % for
-  training digits, and so for a model that recites them.  A blurred image, too, is near to many.
-- **classes off by**: the total variation between the digits that are read and the training labels.
+  than 99% of the test digits are.  The share is 1% for digits that were never seen, and 100% for
+  training digits, and so for a model that memorizes them.  Blurred images, too, are near many
+  training digits.
+- **classes off by**: the total variation distance between the frequencies of the classes that the
+  classifier reads and those of the training labels.
 """.strip()
 
 
@@ -1074,40 +1112,41 @@ def write_report(results, out):
     judged = {each["claim"]: each for each in r["claims"]}
     columns = {"measured": "{}", "verdict": "**{}**", "figure": "[{0}]({0})"}
     whole, hos, own = (r["bits"][name] for name in ("DDPM", HOS_DECODER, HOS_OWN))
-    firsts = ", ".join(map(str, FIRST)) + " or the last t"
+    firsts = ", ".join(map(str, FIRST)) + " or T"
     legend = LEGEND.format(known=f"{r['known']:,}", copies=f"{r['copies n']:,}")
     steps = {K for distances in r["samplers"].values() for K in distances}
     steps = dict.fromkeys(sorted(steps, key=int), "{:.1f}")
-    returned = [f"{name} {error:.1%}" for name, error in r["returned"].items()]
+    returned = [f"{error:.1%} for the {name}" for name, error in r["returned"].items()]
     text = f"""# VAE and DDPM on {r["name"]}
 
-{r["date"]}, measured on {r["device"]}, seed {r["seed"]}, recipe `{r["recipe"]}`.
-This command took {r["seconds"] / 60:.1f} min, not counting earlier training.
+Measured on {r["device"]} ({r["date"]}, seed {r["seed"]}, recipe `{r["recipe"]}`).
+The command took {r["seconds"] / 60:.1f} min, not counting earlier training.
 
-## The report's claims
+## The course report's claims
 
 {table(judged, columns)}
 
-A verdict needs a margin: 0.05 in a share, a factor of 2 in seconds and in errors, 5 % in bits/dim.
-"Close" is less than twice the margin: another seed may decide otherwise.  Verdicts compare the
-DDPM with the 2-D VAE, as in the course report; in bits, with the better of the two VAEs.  Fidelity
-must be higher in both columns, told from real and by shape alone; diversity is lacking if either
-number says so, compared with real digits.  It is "close" there if the lack is within the margin.
+A verdict requires a margin: 0.05 for shares, a factor of 2 for times and errors, 5% for bits/dim.
+"Close" means less than twice the margin: another seed may reverse it.  Verdicts compare the DDPM
+with the 2-D VAE, as in the course report; for bits/dim, with the better of the two VAEs.  Fidelity
+must be higher by both measures, "told from real" and "by shape alone".  Diversity is lacking if
+coverage or "classes off by" is worse than for real digits by more than the margin.  If it is worse
+by less, the verdict is "does not hold, close".
 
 ## Samples
 
 {table(r["rows"], SAMPLES)}
 
 Each row uses {r["n"]:,} images.  The DDPM's are drawn in {models["DDPM"][EVALUATIONS]}
-second-order steps, and the VAEs' are decoder means.  The classifier reads
-{r["accuracy"]:.1%} of the test digits correctly.  For the DDPM, the rule "degenerate, therefore
-not real" is right {r["audit"]["DDPM"]["degenerate"]:.1%} of the time, and the better network
-{r["rows"]["DDPM"]["told from real"]:.1%}.
+second-order steps, and the VAEs' are decoder means.  The digit classifier behind the columns is
+right on {r["accuracy"]:.1%} of the test digits.  For the DDPM, the rule "degenerate, therefore not
+real" is right {r["audit"]["DDPM"]["degenerate"]:.1%} of the time, and the better of the two
+networks behind "told from real" {r["rows"]["DDPM"]["told from real"]:.1%}.
 
 ![Samples](figure3_samples.png)
 ![Thirty samples](thirty_samples.png)
-![Classes](diversity.png)
-![Neighbours](neighbours.png)
+![The classes of the samples](diversity.png)
+![The nearest training images, with Euclidean distances between pixels in [0, 1]](neighbors.png)
 
 ## What the columns mean
 
@@ -1117,21 +1156,23 @@ not real" is right {r["audit"]["DDPM"]["degenerate"]:.1%} of the time, and the b
 
 {table(models, TIMES)}
 
-Seconds of training alone, based on the median epoch: the first one, and each one after a stop, may
-wait for a compiler.  Multiply-adds are those of one image's forward pass.  The times depend on the
-device and on the batch size.  "Its last" and "best" are the excess of the Fréchet distance of
-{r["curve n"]:,} samples over that of real digits ({r["curve floor"]:.1f}).  An excess below
-{NOISE:.0%} of that is noise, and is drawn at that level.  In all runs the learning rate falls to 0
-over the epochs that were chosen, so a longer run reaches a given quality later: "its own best"
-depends on that choice.  On one RTX 3090, the course report's VAE took 45 minutes, and its DDPM
-over 3 hours.
+Times are seconds of training alone, extrapolated from the median epoch, because the first epoch,
+and the first after each restart, may include compilation.  They depend on the device and on the
+batch size.  Multiply-adds are for one image's forward pass.  The two "until" columns judge quality
+by the excess of the Fréchet distance of {r["curve n"]:,} samples over that of as many real digits
+({r["curve floor"]:.1f}).  They give the time until the excess falls to the 2-D VAE's lowest, and
+to 1.5 times the model's own last value, which the verdict calls its own best.  An excess below
+{NOISE:.0%} of the real digits' distance is noise: it is drawn at that level, and times that depend
+on it are "not resolved".  In all runs the learning rate falls to 0 over the chosen number of
+epochs, so a longer run reaches a given quality later: "its own best" depends on that choice.  On
+one RTX 3090, the course report's VAE took 45 minutes, and its DDPM over 3 hours.
 
-![Quality](quality.png)
+![Sample quality against training time](quality.png)
 
 ## Samplers
 
-Fréchet distance of {r["samplers n"]:,} samples by the number of network evaluations (real digits:
-{r["samplers floor"]:.1f}):
+Fréchet distance of {r["samplers n"]:,} samples, by sampler and number of network evaluations (of
+as many real digits: {r["samplers floor"]:.1f}):
 
 {table(r["samplers"], steps)}
 
@@ -1141,15 +1182,16 @@ Fréchet distance of {r["samplers n"]:,} samples by the number of network evalua
 
 {table(r["bits"], BITS)}
 
--ELBO on {r["bits n"]:,} test images.  The first row of each model has the same kind of decoder: a
-histogram of the 256 levels for each bin of the mean.  It is counted on {r["counted"]:,} training
-images, and the number of bins is chosen on other training images.  The DDPM's KL, which is all
-terms but L_0, has the best variances there, by the errors of 32 training images.  Ho's decoder
-(13), one normal for all pixels, costs {hos["total"] - whole["total"]:.3f} more, and his variances
-another {own["total"] - hos["total"]:.3f}.  A chain of at most K steps is the best one of those
-whose last step starts at t = {firsts}, chosen on training images by dynamic programming.
+The table shows the -ELBO of {r["bits n"]:,} test images.  In the first row of each model, the
+decoder is of the same kind: for each bin of the predicted mean, a histogram of the 256 levels.
+The histograms are counted on {r["counted"]:,} training images, and the number of bins is chosen on
+others.  The DDPM's KL is the sum of all terms but L_0.  Its variances are the best ones there,
+estimated from the errors on 32 training images.  Ho's decoder (13), a normal with one σ for all
+pixels, costs {hos["total"] - whole["total"]:.3f} more, and Ho's variances another
+{own["total"] - hos["total"]:.3f}.  Among the chains of at most K steps whose last step starts at
+t = {firsts}, the best is found on training images by dynamic programming.
 
-![Bridge](bound_bridge.png)
+![The bound against the number of latent layers](bound_bridge.png)
 
 ## More figures
 
@@ -1169,13 +1211,14 @@ After encoding and decoding {r["returned n"]} test images, the mean error ‖x -
 
 
 def compare(args, device):
-    """Everything that goes into results.json; draws the pictures of images."""
+    """All of results.json but its "seconds"; also draws the figures that show images."""
     runs = open_runs(args, device)
     seed = args.seed
     whole = common.Namespace(data=args.data, size=args.size, limit=None, seed=seed)
     x_train, y_train, x_test, y_test = common.load_data(whole, args, device)  # for the measures
+    # Shuffled, because MNIST's first test digits are neater than the others.
     mixed = torch.randperm(len(x_test), generator=torch.Generator().manual_seed(0))
-    mixed = mixed.to(device)  # MNIST's first test digits are the neater ones
+    mixed = mixed.to(device)
     x_test = x_test[mixed]
     y_test = y_test[mixed]
     seen = x_train[: args.limit]  # by the models
@@ -1202,7 +1245,7 @@ def compare(args, device):
     for name, each in common.progress(images.items(), "measures"):
         row, more[name] = yardstick.measure(each)
         rows[name] = rows.get(name, {}) | row
-    del rows[TEST]["Fréchet distance"], rows[TEST]["coverage"]  # they are the yardstick's own
+    del rows[TEST]["Fréchet distance"], rows[TEST]["coverage"]  # these compare with test digits
 
     samplers, sampled, samplers_n = compare_samplers(
         models["DDPM"], yardstick, seed, device, args.precision
@@ -1230,7 +1273,7 @@ def compare(args, device):
 
     name = common.SETS[args.data].__name__
     out = Path(args.out)
-    title = f"{name}: samples from the same $x_T$ by the number of steps"
+    title = f"{name}: samples from the same $x_T$, by sampler and number of steps"
     common.plot_rows(sampled, out / "samplers.png", title)
     draw_pictures(models, samples, yardstick, (x_train, x_test, y_test), name, out)
     curve = [row for row in histories["DDPM"] if "excess" in row]
@@ -1273,22 +1316,21 @@ def compare(args, device):
 
 def parse(argv):
     parser = common.arguments(__doc__)
-    parser.add_argument(
-        "--recipe", choices=list(ddpm.RECIPES), help="recipe of ddpm.py (default as there)"
-    )
+    recipe = "recipe of ddpm.py (default: that of the DDPM in --out, else as there)"
+    parser.add_argument("--recipe", choices=list(ddpm.RECIPES), help=recipe)
     return parser.parse_args(argv)
 
 
 def main(argv=None):
     args = parse(argv)
     if common.WORLD > 1:
-        raise common.InputError("run it without torchrun")
+        raise common.InputError("compare.py runs in one process: start it without torchrun")
     if args.sample:
         raise common.InputError("--sample is for vae.py and ddpm.py")
     started = time.perf_counter()
     device = common.start(args)
     if device.type not in BITS_OF:
-        common.log(f"{device} has no float64 for the measures: all of it is done by the CPU")
+        common.log(f"{device} has no float64, which the measures need: the CPU does all the work")
         device = torch.device("cpu")
     results = compare(args, device)
     results["seconds"] = time.perf_counter() - started
@@ -1300,7 +1342,7 @@ def main(argv=None):
     write_report(results, out)
     for each in results["claims"]:
         print("{claim}: {verdict} ({measured})".format(**each))
-    print(f"wrote report.md and more in {out}/")
+    print(f"wrote report.md, results.json and figures in {out}/")
 
 
 if __name__ == "__main__":

@@ -4,28 +4,33 @@
   python ddpm.py --recipe paper             Ho's own loss, L_simple, for 100 epochs
   python ddpm.py --sample 64 --seed 1       draw 64 images from the checkpoint in results/
 
-On an NVIDIA GPU the default recipe is `paper`.  Elsewhere it is `short`, which trains within
-minutes on a CPU: a smaller network in fewer epochs.  It does NOT minimize L_simple: it weights
-the same error differently across t.
+On an NVIDIA GPU the default recipe is `paper`.  Elsewhere it is `short`, which trains a smaller
+network for fewer epochs, within minutes on a CPU.  `short` does NOT minimize L_simple: it draws t
+from another distribution, and weights the same error differently at each t.  `--recipe paper
+--width 32 --epochs 6` is L_simple for a CPU.
 
 Ho is Ho, Jain & Abbeel 2020, "Denoising Diffusion Probabilistic Models" (arXiv:2006.11239).
 
 A VAE has one latent z, and learns both its encoder q(z|x) and its decoder p(x|z).  A DDPM has T
 latents x_1 ... x_T, each of the size of the image x_0.  Its encoder q(x_t|x_{t-1}) is fixed: it
-mixes in a little Gaussian noise, until x_T is nothing but noise.  Its decoder p(x_{t-1}|x_t) takes
-a little noise away.  One network, which is told t, is the decoder of all T steps.  Training
-lowers the error of its guess at the noise, and so lowers the bound, which is a sum of such errors.
-The bound is that of the VAE, with a term for each latent:
+mixes in a little Gaussian noise, until x_T is almost nothing but noise.  Its decoder
+p(x_{t-1}|x_t) removes a little noise.  A single network, which is told t, serves as the decoder in
+all T steps.  It guesses the noise, and training lowers the error of this guess.  That lowers the
+bound, too, which apart from L_0 is a weighted sum of such errors, plus constants.  The bound is
+the VAE's with its sign reversed, and with a KL for each latent:
 
     -log p(x_0)  <=  L_T + Σ_{t=2..T} L_{t-1} + L_0                       Ho (3) and (5)
 
     L_T     = KL(q(x_T|x_0) ‖ N(0, I))                       nothing to learn
-    L_{t-1} = E_q KL(q(x_{t-1}|x_t, x_0) ‖ p(x_{t-1}|x_t))   two Gaussians: a squared error
+    L_{t-1} = E_q KL(q(x_{t-1}|x_t, x_0) ‖ p(x_{t-1}|x_t))   of two Gaussians: a squared error
     L_0     = E_q[-log p(x_0|x_1)]                           the decoder of the image itself
 
-Outside the network, x are images (B, C, H, W) in [0, 1], and x0 and xt are on the scale [-1, 1].
-A time t is an int64 tensor (B,) in training and an int in sampling, where it is the same for all
-images. It runs from 1 to T, as in the paper; t = 0 is the image without noise.
+Outside the U-Net, x is a batch of images (B, C, H, W) in [0, 1], and x0 and xt are on the scale
+[-1, 1].  A time t is an int64 tensor (B,) in training and an int in sampling, where it is the same
+for all images.  It runs from 1 to T, as in the paper; t = 0 is the image without noise.
+
+The file follows the paper's algorithms: the forward process, Algorithms 1 and 2, the network, the
+training loop.  After it come what goes beyond the paper, and the bound, which nobody trains with.
 """
 
 import copy
@@ -40,26 +45,27 @@ from torch import nn
 
 import common
 
-# ---- settings: every number that is a choice
+# ---- settings
 
 RECIPES = {
     # Ho's loss and the course report's 100 epochs.
     "paper": {"weighting": "simple", "t": "uniform", "width": 64, "epochs": 100, "lr": 1e-3},
-    # A narrower network in fewer epochs, for a CPU.  It spends its effort where it shows: see
-    # draw_t and loss_weights, below the training loop.
+    # A narrower network and fewer epochs, for a CPU.  It concentrates on the t that matter most to
+    # how samples look ("t" says how training draws t): see draw_t and loss_weights, below the
+    # training loop.
     "short": {"weighting": "v", "t": "focused", "width": 32, "epochs": 6, "lr": 4e-3},
 }
 SETTINGS = {
     "T": 1000,  # Ho, section 4
     "schedule": "linear",  # of β_t; "cosine" is Nichol & Dhariwal's
     "variance": "posterior",  # σ_t² = β̃_t.  "beta" is Ho's other choice, β_t; see section 3.2
-    "batch_size": 64,  # larger ones need a larger learning rate
+    "batch_size": 64,  # larger batches need a larger learning rate
     "labels": False,  # whether the network is told which digit it draws
     "classes": [],  # the names of the labels, if so
 }
-WARM_UP = 0.02  # share of the run in which the learning rate rises: Adam's first steps are wild
-AVERAGED = 0.05  # sampling uses weights averaged over about this share of the updates so far
-STEPS = 20  # network evaluations per sample, by second-order steps: see trajectory
+WARM_UP = 0.02  # fraction of the run in which the learning rate rises: first steps are erratic
+AVERAGED = 0.05  # sampling uses weights averaged over about this last fraction of the updates
+STEPS = 20  # steps of a sampler by default, of second order: see trajectory
 
 # ---- the forward process q
 
@@ -68,7 +74,7 @@ def make_alpha_bar(schedule, T):
     """The table ᾱ_0 = 1, ᾱ_1 ... ᾱ_T in float64, (T+1,).  ValueError for T < 1.
 
     "linear": β_t rises from 1e-4 to 0.02.  Ho has T = 1000; for another T, all β_t are scaled by
-    1000/T, so that x_T is still noise (for T > 1).  "cosine": see cosine_beta.
+    1000/T, so that x_T is still noise (for T > 1).  No β_t exceeds 0.999.  "cosine": cosine_beta.
     """
     common.check_range("T", T, 1)
     common.check_choice("schedule", schedule, SCHEDULES)
@@ -88,15 +94,17 @@ def per_image(values):
 class DDPM(nn.Module):
     """The forward process, the loss and the sampler for any network that guesses the noise.
 
-    net: called as net(xt, t) with t (B,), it gives ε_θ(x_t, t), like xt.  It can be anything:
+    net: net(xt, t) with t (B,) returns ε_θ(x_t, t), shaped like xt.  It can be any callable, such
+    as a network of your own, or the average of the networks of two DDPMs, a and b:
         DDPM(my_transformer)
         DDPM(lambda xt, t: (a.net(xt, t) + b.net(xt, t)) / 2, schedule=a.alpha_bar)
     schedule: "linear" or "cosine", for T steps; or a table ᾱ_0 ... ᾱ_T, which falls from 1 and
     whose length gives T.
     variance: σ_t² of p, "posterior" or "beta" (Ho, section 3.2).
-    clip: keep the guess x̂_0 within [-1, 1], as Ho's code does.
-    weighting: of the loss over t, "simple" for Ho (14).  shape: (C, H, W) of an image.
-    ValueError for any other value.
+    clip: whether to keep the guess x̂_0 within [-1, 1], as Ho's code does.
+    weighting: how the loss is weighted over t; "simple" is Ho (14).
+    shape: (C, H, W) of an image.
+    ValueError for an unknown name, for T < 1 or for an invalid table.
     """
 
     def __init__(
@@ -114,8 +122,8 @@ class DDPM(nn.Module):
         if isinstance(schedule, str):
             schedule = make_alpha_bar(schedule, T)
         self.net = net
-        # The one table, from which all else follows.  It stays on the CPU: not all devices have
-        # float64.
+        # Everything else follows from this one table.  It stays on the CPU, because not all
+        # devices have float64.
         self.alpha_bar = check_alpha_bar(schedule)
         self.T = len(self.alpha_bar) - 1
         self.variance = variance
@@ -128,25 +136,26 @@ class DDPM(nn.Module):
         self.register_buffer("weight", weight.float(), persistent=False)
 
     def rates(self, t):
-        """√ᾱ_t and √(1-ᾱ_t): two numbers for an int t, two (B, 1, 1, 1) for t (B,)."""
+        """√ᾱ_t and √(1-ᾱ_t): two floats for an int t, two tensors (B, 1, 1, 1) for t (B,)."""
         if isinstance(t, int):
             alpha_bar = self.alpha_bar[t].item()
             return alpha_bar**0.5, (1 - alpha_bar) ** 0.5
         return per_image(self.signal_rate[t]), per_image(self.noise_rate[t])
 
     def q_sample(self, x0, t, eps):
-        """x_t ~ q(x_t|x_0), like x0, made from the noise eps ~ N(0, I)."""
+        """x_t ~ q(x_t|x_0), shaped like x0, made from the noise eps ~ N(0, I)."""
         signal_rate, noise_rate = self.rates(t)
         return signal_rate * x0 + noise_rate * eps  # Ho (4)
 
     # ---- a training step (the loop is train): Ho, Algorithm 1
 
     def loss(self, x0, t=None, eps=None, *more):
-        """The mean over images and pixels of (ε - ε_θ(x_t, t))², weighted by t: a scalar.
+        """The mean over images and pixels of w_t (ε - ε_θ(x_t, t))²: a scalar.
 
-        Ho, Algorithm 1, for images x0 (B, C, H, W).  Unless they are given, t (B,) is uniform, and
-        eps is Gaussian noise like x0.  With the weighting "simple" every weight is 1: this is
-        L_simple.  more: further inputs of the network, such as labels.
+        Ho, Algorithm 1, for images x0 (B, C, H, W).  If t (B,) and eps are not given, t is uniform
+        and eps is Gaussian noise, shaped like x0; train gives both.  The weighting "simple" has
+        w_t = 1: with uniform t this is L_simple, per pixel.  more: further inputs of the network,
+        such as labels.
         """
         if t is None:
             t = torch.randint(1, self.T + 1, (len(x0),), device=x0.device)  # line 3
@@ -154,19 +163,20 @@ class DDPM(nn.Module):
             eps = torch.randn_like(x0)  # line 4
         xt = self.q_sample(x0, t, eps)
         error = (eps - self.net(xt, t, *more)) ** 2  # line 5
-        return (per_image(self.weight[t]) * error).mean()  # Ho (14)
+        return (per_image(self.weight[t]) * error).mean()  # with weights of 1, Ho (14)
 
     forward = loss  # DistributedDataParallel and torch.compile wrap forward
 
-    # ---- sampling from t to s = t-1, though all of it holds for any s < t: Ho, Algorithm 2
+    # ---- sampling, from t to s = t-1 (what `sample` calls holds for any s < t): Ho, Algorithm 2
 
     @torch.no_grad()
     def sample(self, n, steps=None, eta=1.0, **more):
-        """n images (n, C, H, W) in [0, 1], by all T steps: Ho, Algorithm 2.
+        """n images (n, C, H, W) in [0, 1], in all T steps: Ho, Algorithm 2.
 
-        The other arguments go beyond the paper: fewer `steps`, less noise with `eta` < 1, and
-        whatever else sample_beyond takes.  The command line draws with steps=20, order=2.
-        ValueError for a value out of range.
+        x̂_0 is clipped, as in Ho's code; with clip=False, line 4 is exactly the paper's (a test
+        compares them line by line).  The other arguments go beyond the paper: fewer `steps`, less
+        noise with `eta` < 1, and whatever else sample_beyond takes.  The command line draws with
+        steps=20 and order=2, by `trajectory`.  ValueError for a value out of range.
         """
         common.check_range("n", n, 0)
         if n == 0 or steps is not None or eta != 1 or more:
@@ -179,12 +189,15 @@ class DDPM(nn.Module):
         return to_image(xt)  # line 6
 
     def p_mean_variance(self, xt, t, s, x0_hat=None):
-        """p(x_s|x_t) = N(mean, variance I): mean like xt, variance a float.  Ho (1)
+        """p(x_s|x_t) = N(mean, variance I): mean shaped like xt, variance a float.  Ho (1)
 
-        It is q(x_s|x_t, x_0) with the guess x̂_0 in place of x_0.  Put (15) into (7): x_t gets the
-        factor of_xt + of_x0/√ᾱ_t = 1/√α_t, -ε_θ gets of_x0 √(1-ᾱ_t)/√ᾱ_t = (1-α_t)/(√α_t
-        √(1-ᾱ_t)). So unless x̂_0 is clipped, the mean is that in line 4.  x0_hat: the guess, if it
-        is known already.
+        The mean is that of q(x_s|x_t, x_0) with the guess x̂_0 in place of x_0.  If (15) is
+        inserted into (7), with s = t-1, the coefficient of x_t becomes
+            of_xt + of_x0/√ᾱ_t = 1/√α_t,
+        and that of -ε_θ becomes
+            of_x0 √(1-ᾱ_t)/√ᾱ_t = (1-α_t)/(√α_t √(1-ᾱ_t)).
+        So unless x̂_0 is clipped, this is the mean in line 4.  x0_hat: the guess, if it is already
+        known.
         """
         if x0_hat is None:
             x0_hat = self.predict_x0(xt, t)
@@ -194,7 +207,10 @@ class DDPM(nn.Module):
         return mean, variance
 
     def predict_x0(self, xt, t):
-        """The guess x̂_0 at the image, implied by the guess ε_θ at the noise: like xt."""
+        """The guess x̂_0 at the image that follows from the guess ε_θ at the noise, like xt.
+
+        It is clipped to [-1, 1] if self.clip.
+        """
         signal_rate, noise_rate = self.rates(t)
         if isinstance(t, int):
             t = torch.full((len(xt),), t, device=xt.device)
@@ -202,13 +218,13 @@ class DDPM(nn.Module):
         return x0_hat.clamp(-1, 1) if self.clip else x0_hat
 
     def q_posterior(self, x0, xt, t, s):
-        """q(x_s|x_t, x_0) = N(mean, variance I): mean like xt, variance a float.  Ho (6)
+        """q(x_s|x_t, x_0) = N(mean, variance I): mean shaped like xt, variance a float.  Ho (6)
 
-        t and s < t are ints.  Ho has s = t-1, where alpha and beta are the paper's.
+        t and s < t are ints.  In the paper s = t-1, and then alpha and beta are its α_t and β_t.
         """
         alpha_bar_t = self.alpha_bar[t].item()
         alpha_bar_s = self.alpha_bar[s].item()
-        alpha = alpha_bar_t / alpha_bar_s  # α_t if s = t-1
+        alpha = alpha_bar_t / alpha_bar_s
         beta = 1 - alpha
         of_x0 = alpha_bar_s**0.5 * beta / (1 - alpha_bar_t)
         of_xt = alpha**0.5 * (1 - alpha_bar_s) / (1 - alpha_bar_t)
@@ -216,18 +232,18 @@ class DDPM(nn.Module):
         variance = (1 - alpha_bar_s) / (1 - alpha_bar_t) * beta  # β̃_t   Ho (7)
         return mean, variance
 
-    # ---- beyond the paper: these stand below the training loop
+    # ---- beyond the paper: these call functions below the training loop
 
     def times(self, steps=None):
         """T, ..., 0: the steps+1 times that a sampler visits, all of them by default."""
         return choose_times(self.T, steps)
 
     def trajectory(self, xt, times, eta=1.0, order=1):
-        """Samples from xt through times; yields (t, x_t, x̂_0).  See the function below."""
+        """Samples at `times`, from xt on; yields (t, x_t, x̂_0).  See the function `trajectory`."""
         return trajectory(self, xt, times, eta, order)
 
     def vlb_terms(self, x0, times=None):
-        """All terms of the bound in nats, (B, K+1).  See the function below."""
+        """All terms of the bound in nats, (B, K+1).  See the function `vlb_terms`."""
         return vlb_terms(self, x0, times)
 
 
@@ -241,26 +257,27 @@ def to_image(x0):
     return ((x0 + 1) / 2).clamp(0, 1)
 
 
-# ---- the network: a plain U-Net, and what goes into it
+# ---- the network: a plain U-Net
 
 
 class Block(nn.Module):
-    """Two convolutions with a skip: h (B, cin, H, W), embedding (B, embed) -> (B, cout, H, W).
+    """Two convolutions and a skip connection.
 
-    In between, t scales and shifts each channel (FiLM, Perez et al. 2018).
+    h (B, cin, H, W), embedding (B, embed) -> (B, cout, H, W).  Between the convolutions, the
+    embedding of t scales and shifts each channel (FiLM, Perez et al. 2018).
     """
 
     def __init__(self, cin, cout, embed):
         super().__init__()
-        # GroupNorm, because BatchNorm would mix images of different t.  On a CPU, one group takes
-        # a fifth of the time of eight.
+        # GroupNorm is used because BatchNorm would mix images of different t.  On a CPU, one group
+        # takes a fifth of the time that eight take.
         self.norm1 = nn.GroupNorm(1, cin)
         self.conv1 = nn.Conv2d(cin, cout, 3, padding=1)
         self.norm2 = nn.GroupNorm(1, cout)
         self.conv2 = nn.Conv2d(cout, cout, 3, padding=1)
         self.film = nn.Linear(embed, 2 * cout)
         self.skip = nn.Conv2d(cin, cout, 1) if cin != cout else nn.Identity()
-        nn.init.zeros_(self.conv2.weight)  # a new block is its skip, plus a constant
+        nn.init.zeros_(self.conv2.weight)  # a new block adds only a constant to its skip
 
     def forward(self, h, embedding):
         scale, shift = self.film(embedding)[:, :, None, None].chunk(2, dim=1)
@@ -273,9 +290,9 @@ class Block(nn.Module):
 class UNet(nn.Module):
     """A small U-Net: x (B, cin, H, W), t (B,) -> (B, cout, H, W).  It knows nothing of ᾱ_t.
 
-    It has `width` channels at half the resolution and twice as many at a quarter, 14×14 and 7×7
-    for a digit.  The full resolution would cost most of the time, so 2×2 pixels are folded into
-    channels. ValueError unless H and W are multiples of 4.
+    It has `width` channels at half the resolution and twice as many at a quarter: 14×14 and 7×7
+    for a digit.  Layers at full resolution would dominate the run time, so each square of 2×2
+    pixels is folded into channels.  ValueError unless H and W are multiples of 4.
     """
 
     def __init__(self, cin=1, cout=1, width=64):
@@ -296,7 +313,7 @@ class UNet(nn.Module):
         nn.init.zeros_(self.conv_out.weight)  # an untrained network outputs a constant
 
     def embed(self, t):
-        """t (B,) -> (B, embed), from its sines and cosines.  Vaswani et al. 2017, section 3.5"""
+        """t (B,) -> its embedding (B, embed), by sines and cosines.  Vaswani et al. 2017, 3.5"""
         i = torch.arange(self.width, device=t.device)
         angle = t[:, None] * torch.exp(-math.log(10000) * i / self.width)  # (B, width)
         return self.embed_t(torch.cat([angle.sin(), angle.cos()], dim=1))
@@ -306,7 +323,7 @@ class UNet(nn.Module):
             raise ValueError(f"height and width must be multiples of 4, not {tuple(x.shape[2:])}")
         embedding = self.embed(t, *more)
         h = F.pixel_unshuffle(x, 2)  # (B, 4 cin, H/2, W/2)
-        h = h.contiguous(memory_format=torch.channels_last)  # the layout of fast convolutions
+        h = h.contiguous(memory_format=torch.channels_last)  # the fastest layout for convolutions
         h = self.conv_in(h)  # (B, width, H/2, W/2)
         skip = self.block_in(h, embedding)
         h = self.down(skip)  # (B, 2 width, H/4, W/4)
@@ -320,15 +337,16 @@ class UNet(nn.Module):
 
 
 def build(settings):
-    """The DDPM of a run's settings, a dict.  To try another network, change this function."""
+    """The DDPM for a run's settings (a dict).  To try another network, change this function."""
     alpha_bar = make_alpha_bar(settings["schedule"], settings["T"])
     channels = settings["shape"][0]
-    # Preconditioned gives the network three planes for each channel, and takes its output for v.
+    # Preconditioned, below the training loop, gives the U-Net three planes for each channel, and
+    # turns its output, which is v, into ε_θ.
     if settings["classes"]:
         net = LabelledUNet(3 * channels, channels, settings["width"], len(settings["classes"]))
     else:
         net = UNet(3 * channels, channels, settings["width"])
-    net.to(memory_format=torch.channels_last)  # the layout of fast convolutions
+    net.to(memory_format=torch.channels_last)  # the fastest layout for convolutions
     chosen = {name: settings[name] for name in ("variance", "weighting", "shape")}
     return DDPM(Preconditioned(net, alpha_bar), schedule=alpha_bar, **chosen)
 
@@ -339,10 +357,10 @@ def build(settings):
 def train(args, device, watch=None):
     """Trains a DDPM, or resumes a run that was stopped -> model, history.
 
-    Ho, Algorithm 1.  args: as parse returns them.  The model has the averaged weights.  history is
-    a list with one dict per epoch: epoch, train_loss, test_loss (of the averaged weights), seconds
-    of training since the start, and what watch(model, epoch) returns.  After each epoch all of it
-    is in OUT/ddpm.pt.
+    Ho, Algorithm 1.  args: as parse returns them.  The returned model has the averaged weights.
+    history is a list with one dict per epoch: epoch, train_loss, test_loss (of the averaged
+    weights, with uniform t), seconds of training since the start, and what watch(model, epoch)
+    returns.  Everything is saved in OUT/ddpm.pt after each epoch.
     """
     path = Path(args.out) / "ddpm.pt"
     settings, saved = common.open_run(args, path, defaults(args, device), CODE)
@@ -374,7 +392,8 @@ def train(args, device, watch=None):
     for epoch in range(len(history) + 1, settings.epochs + 1):
         started = time.perf_counter()
         total = torch.zeros((), device=device)
-        # Each epoch has its own seed, so that a resumed run draws the same random numbers.
+        # Each epoch has its own seed, so that a resumed run draws the same random numbers as one
+        # that was never stopped.
         torch.manual_seed(10**6 * settings.seed + epoch)
         order = torch.randperm(N, device=device)[: updates * B].view(updates, B)
         for step, batch in enumerate(common.share(order), start=updates * (epoch - 1)):  # line 1
@@ -386,11 +405,11 @@ def train(args, device, watch=None):
             eps = torch.randn_like(x0)  # line 4
             more = some_labels(y_train, batch, settings)  # empty without --labels
             with common.autocast(device, settings.precision):
-                loss = wrapped(x0, t, eps, *more)  # of line 5: DDPM.loss
+                loss = wrapped(x0, t, eps, *more)  # the loss in line 5: DDPM.loss
 
             optimizer.zero_grad()
             loss.backward()
-            optimizer.step()  # line 5, by Adam
+            optimizer.step()  # the step in line 5, by Adam
             update_average(average, model, step)
             total += loss.detach()
             bar.update()
@@ -416,7 +435,7 @@ def train(args, device, watch=None):
 def evaluate(model, images, seed, precision=None):
     """The loss on all images, uint8 (N, C, H, W), with uniform t and without labels.
 
-    t and ε depend on the seed alone.
+    t and ε depend only on the seed.
     """
     total = 0
     torch.manual_seed(seed)
@@ -426,11 +445,11 @@ def evaluate(model, images, seed, precision=None):
     return total.item() / len(images)
 
 
-# ---- beyond the paper: how the learning rate falls, how weights are averaged, and an easier task
+# ---- beyond the paper: the learning rate's schedule, averaged weights, what the U-Net sees
 
 
 def get_lr(done, peak):
-    """The learning rate when a share `done` in (0, 1) of the run is over: up, then half a cosine.
+    """The learning rate after a fraction `done`, in (0, 1), of the run: up, then half a cosine.
 
     It falls to 0, so that the last steps average out the noise of the batches.
     """
@@ -440,33 +459,35 @@ def get_lr(done, peak):
 
 
 def update_average(average, model, step):
-    """Moves the averaged weights towards the model's after update `step` = 0, 1, 2, ...
+    """Moves the averaged weights toward the model's after update `step` = 0, 1, 2, ...
 
-    The share 1 / (1 + AVERAGED step) makes it an average over about the last twentieth of the
-    steps so far.  Ho's constant share, 0.0001, would remember the random start for the first
-    10,000 steps.
+    This is an exponential moving average.  Its rate 1 / (1 + AVERAGED * step) makes it cover about
+    the last twentieth of the updates so far.  With Ho's constant rate of 0.0001 it would remember
+    the random initialization for the first 10,000 updates.
     """
-    share = 1 / (1 + AVERAGED * step)
+    rate = 1 / (1 + AVERAGED * step)
     averages = list(average.parameters())
     weights = [p.detach() for p in model.parameters()]
-    torch._foreach_lerp_(
-        averages, weights, share
-    )  # all at once: a GPU is slow at many small calls
+    # All weights move in one call, because a GPU is slow at many small ones.
+    torch._foreach_lerp_(averages, weights, rate)
 
 
 class Preconditioned(nn.Module):
-    """ε_θ(x_t, t) from a plain network, whose input and output make its task easier.
+    """ε_θ(x_t, t) from a plain network, whose inputs and output are chosen to ease its task.
 
-    Karras et al. 2022 call this preconditioning.  net: 3C channels in, C out, as UNet.
+    Karras et al. 2022 call such a wrapper preconditioning.  net: net(x, t) with 3C channels in and
+    C out, such as UNet(3 * C, C).
 
     Input: besides x_t, what ε would be if the pixel were black (x_0 = -1), and if it were white
-    (1). Most pixels of a digit are one or the other.  Near these, ε as a function of x_t has the
-    slope 1/√(1-ᾱ_t), which is 100 at t = 1 and hard to learn.  Without the two extra inputs, black
-    comes out not quite black.
+    (x_0 = 1).  Most pixels of a digit are one or the other.  For such a pixel, ε is a straight
+    line in x_t, of slope 1/√(1-ᾱ_t), which is 100 at t = 1 and hard to learn.  Without the two
+    extra inputs, black comes out slightly gray.  They are clamped to [-3, 3], because a larger ε
+    is rare: the pixel is then not black, or not white.
 
-    Output: v = √ᾱ_t ε - √(1-ᾱ_t) x_0 (Salimans & Ho 2022).  At large t, x_t is nearly ε
-    itself, and v is what is left to learn.  With x_t = √ᾱ_t x_0 + √(1-ᾱ_t) ε, Ho (4), x_0 cancels
-    in √(1-ᾱ_t) x_t + √ᾱ_t v = (1-ᾱ_t) ε + ᾱ_t ε = ε, so a guess at v is a guess at ε.
+    Output: v = √ᾱ_t ε - √(1-ᾱ_t) x_0 (Salimans & Ho 2022).  At large t, x_t is nearly ε itself,
+    and v, which is nearly -x_0 there, is what is left to learn.  In x_t from Ho (4), x_0 cancels:
+        √(1-ᾱ_t) x_t + √ᾱ_t v = (1-ᾱ_t) ε + ᾱ_t ε = ε,
+    so a guess at v is also a guess at ε.
     """
 
     def __init__(self, net, alpha_bar):
@@ -506,7 +527,7 @@ def draw_t(n, T, way="uniform", device="cpu"):
     "focused": three quarters are T sigmoid(u/2 - 0.6) with u ~ N(0, 1).  Half of these lie between
     0.28 T and 0.43 T, where a digit takes its shape (after Esser et al. 2024, section 3.1).  The
     others are (T+1)^u with u ~ U(0, 1), because most bits are spent at the smallest t.
-    ValueError for another way.
+    ValueError for any other way.
     """
     common.check_choice("way", way, WAYS)
     if way == "uniform":
@@ -520,10 +541,12 @@ def draw_t(n, T, way="uniform", device="cpu"):
 def loss_weights(alpha_bar, weighting, variance="posterior"):
     """The weights w_0 ... w_T of ‖ε - ε_θ‖², (T+1,) float64; w_0 is never used.
 
-    Given x_t, a guess at ε is also one at μ̃_t, at x_0 and at v.  The error of each is that of ε
-    times a factor that depends on t alone, so the weights decide what the loss measures (Kingma &
-    Gao 2023, section 2): "bound" is L_{t-1} without its constant, "mu" ‖μ̃_t - μ_θ‖², "x0" ‖x_0 -
-    x̂_0‖² and "v" ‖v - v_θ‖² with v = √ᾱ_t ε - √(1-ᾱ_t) x_0.  ValueError for another name.
+    Given x_t, a guess at ε is also a guess at μ̃_t, at x_0 and at v.  The squared error of each is
+    that of ε times a factor that depends on t alone, so the weights decide what the loss measures
+    (Kingma & Gao 2023, section 2): "bound" is L_{t-1} without its constant, "mu" is ‖μ̃_t - μ_θ‖²,
+    "x0" is ‖x_0 - x̂_0‖², and "v" is ‖v - v_θ‖² with v = √ᾱ_t ε - √(1-ᾱ_t) x_0.  The U-Net's
+    output is v (see Preconditioned), so "v" is the mean squared error of that output.
+    ValueError for any other name.
     """
     common.check_choice("weighting", weighting, WEIGHTINGS)
     now = alpha_bar[1:]  # ᾱ_t
@@ -533,7 +556,7 @@ def loss_weights(alpha_bar, weighting, variance="posterior"):
     sigma2 = beta.clone()  # σ_t²
     if variance == "posterior" and len(now) > 1:
         sigma2 = (1 - before) / (1 - now) * beta  # β̃_t
-        sigma2[0] = sigma2[1]  # β̃_1 = 0 would be an infinite weight
+        sigma2[0] = sigma2[1]  # β̃_1 = 0 would make the weight infinite
     weights = {
         "simple": torch.ones_like(now),  # Ho (14)
         "bound": beta**2 / (2 * sigma2 * alpha * (1 - now)),  # Ho (12)
@@ -545,9 +568,9 @@ def loss_weights(alpha_bar, weighting, variance="posterior"):
 
 
 def check_alpha_bar(table):
-    """A table ᾱ_0 ... ᾱ_T, from a list, numpy or torch -> (T+1,) float64 on the CPU.
+    """A table ᾱ_0 ... ᾱ_T, as a list, an array or a tensor -> (T+1,) float64 on the CPU.
 
-    ValueError unless it falls from exactly 1 and stays above 0.
+    ValueError unless it begins with exactly 1, falls at every step and stays above 0.
     """
     table = torch.as_tensor(table, dtype=torch.float64, device="cpu").detach().clone()
     if table.ndim != 1 or len(table) < 2:
@@ -555,7 +578,7 @@ def check_alpha_bar(table):
     if table[0] != 1:
         raise ValueError(
             f"a schedule begins with ᾱ_0 = 1, not {table[0].item():g}: prepend 1 to a table that "
-            "begins with ᾱ_1; from a table of β, take the cumulative product of 1 - β first"
+            "begins with ᾱ_1; if it is a table of β, take the cumulative product of 1 - β first"
         )
     if not ((table.diff() < 0).all() and table[-1] > 0):  # nan fails, too
         raise ValueError("a schedule ᾱ_0 ... ᾱ_T must fall from step to step and stay above 0")
@@ -566,10 +589,10 @@ def check_alpha_bar(table):
 
 
 def choose_times(T, steps=None):
-    """The times that a sampler visits, T ... 0: steps+1 falling ints.  None: all T+1.
+    """The times that a sampler visits, T ... 0: steps+1 decreasing ints.  None: all T+1.
 
-    They lie closer together at small t, where the last gray disappears: T (i/steps)², rounded, all
-    distinct.  ValueError unless steps is in 1 ... T.
+    They are T (i/steps)², rounded to distinct integers, so they lie closer together at small t,
+    where the last traces of gray disappear.  ValueError unless steps is in 1 ... T.
     """
     steps = T if steps is None else steps
     common.check_range("steps", steps, 1, T)
@@ -589,21 +612,23 @@ def sample_beyond(model, n, steps=None, eta=1.0, order=1, labels=None, guidance=
     if labels is not None or guidance:
         model = guided(model, labels, guidance)
     for _, xt, _ in trajectory(model, xT, model.times(steps), eta, order):
-        x0 = xt  # only the last one is kept: all of a long trajectory would be gigabytes
+        x0 = xt  # only the last one is kept, because a long trajectory would take gigabytes
     return to_image(x0)
 
 
 @torch.no_grad()
 def trajectory(model, xt, times, eta=1.0, order=1):
-    """A sampler that visits falling `times`: yields (t, x_t, x̂_0) before each step.
+    """Samples at decreasing `times`: yields (t, x_t, x̂_0) before each step.
 
-    xt (B, C, H, W) is x_t at the first of times.  If the last of times is 0, it ends with
-    (0, x_0, x_0).  A step is Ho's: a draw from p(x_s|x_t), which is q(x_s|x_t, x_0) at x̂_0.
-    eta: 1 is Ho's.  Below 1, the noise has variance η² β̃; 0 adds none: DDIM (Song et al. 2021).
-    order: 2 replaces the guess at t by one for the middle of the step, extrapolated from the guess
-    of the step before.  With eta = 0 it is DPM-Solver++(2M), with eta = 1 its SDE form (Lu et al.
-    2022).  The first step (none before it) and the last (λ_s = ∞) keep x̂_0.  ValueError for
-    another eta or order.
+    xt (B, C, H, W) is x_t at times[0].  After the last step it yields (times[-1], x_t, x_t), which
+    is (0, x_0, x_0) if the last time is 0.
+    eta: with 1, as in Ho, a step draws x_s from p(x_s|x_t).  Below 1, its noise has variance η² β̃;
+    with 0 there is none, and first-order steps are DDIM's (Song et al. 2021).
+    order: 2 replaces x̂_0 with a guess for the middle of the step, extrapolated from x̂_0 at this
+    time and at the one before.  This is DPM-Solver++(2M) with eta = 0, and its SDE version with
+    eta = 1 (Lu et al. 2022).  The first step, which has none before it, and the step to 0, where λ
+    is infinite, use x̂_0 itself.
+    ValueError for any other eta or order.
     """
     common.check_range("eta", eta, 0, 1)
     common.check_choice("order", order, (1, 2))
@@ -615,7 +640,8 @@ def trajectory(model, xt, times, eta=1.0, order=1):
         if order == 2 and i > 0 and s > 0:
             before = log_ratio(model, times[i - 1])
             now = log_ratio(model, t)
-            ratio = (log_ratio(model, s) - now) / (now - before)  # of this step to the one before
+            # The length of this step, over that of the one before.
+            ratio = (log_ratio(model, s) - now) / (now - before)
             guess = x0_hat + ratio / 2 * (x0_hat - x0_before)
         if eta == 1:
             mean, variance = model.p_mean_variance(xt, t, s, guess)
@@ -628,27 +654,27 @@ def trajectory(model, xt, times, eta=1.0, order=1):
 
 
 def log_ratio(model, t):
-    """λ_t = log(√ᾱ_t / √(1-ᾱ_t)), a float: signal over noise in x_t."""
+    """λ_t = log(√ᾱ_t / √(1-ᾱ_t)), a float: half the log of the signal-to-noise ratio of x_t."""
     signal_rate, noise_rate = model.rates(t)
     return math.log(signal_rate / noise_rate)
 
 
 def ddim_mean_variance(model, x0_hat, xt, t, s, eta):
-    """The step with noise of variance η² β̃: mean like xt, variance a float.
+    """A step with fresh noise of variance η² β̃: mean shaped like xt, variance a float.
 
-    More of the noise ε̂ that x_t already has replaces what is missing, so that x_s has the same
-    amount of noise for every eta.  eta = 1 is q_posterior.  Song et al. 2021, (12) and (16)
+    The less fresh noise, the more of the noise ε̂ already in x_t is kept, so that x_s is equally
+    noisy for every eta.  eta = 1 is q_posterior.  Song et al. 2021, (12) and (16)
     """
     _, beta_tilde = model.q_posterior(x0_hat, xt, t, s)
     variance = eta**2 * beta_tilde
     signal_rate, noise_rate = model.rates(t)
-    eps_hat = (xt - signal_rate * x0_hat) / noise_rate  # solved for ε in Ho (4)
+    eps_hat = (xt - signal_rate * x0_hat) / noise_rate  # solved for ε, Ho (4)
     alpha_bar_s = model.alpha_bar[s].item()
     mean = alpha_bar_s**0.5 * x0_hat + (1 - alpha_bar_s - variance) ** 0.5 * eps_hat
     return mean, variance
 
 
-# ---- beyond the paper: which digit is drawn
+# ---- beyond the paper: labels and classifier-free guidance
 
 
 class LabelledUNet(UNet):
@@ -665,9 +691,10 @@ class LabelledUNet(UNet):
 
 
 def some_labels(labels, batch, settings):
-    """The further inputs of a LabelledUNet: labels[batch], one in ten replaced by "no label".
+    """The further inputs of a LabelledUNet: labels[batch], about a tenth replaced by "no label".
 
-    So it learns to guess the noise with a label and without.  Ho & Salimans 2022, algorithm 1
+    Thus the network learns to guess the noise both with a label and without.  A run without
+    --labels has no further inputs.  Ho & Salimans 2022, algorithm 1
     """
     if not settings.labels:
         return ()
@@ -676,15 +703,16 @@ def some_labels(labels, batch, settings):
 
 
 def guided(model, labels, guidance=0.0):
-    """A DDPM that draws images of these labels, an int or (n,).  Ho & Salimans 2022, equation 6
+    """A DDPM that draws images of these labels, an int or (n,), with classifier-free guidance.
 
-    Its ε_θ is (1+w) ε_θ(x_t, t, label) - w ε_θ(x_t, t) with w = guidance.  With 0 it draws a class
-    as it is.  A larger w draws what looks least like any other class: clearer images, less
-    variety. ValueError for guidance without labels.
+    Its ε_θ is (1+w) ε_θ(x_t, t, label) - w ε_θ(x_t, t) with w = guidance.  w = 0 draws each class
+    as the network learned it.  A larger w favors images that look least like any other class:
+    clearer, but less varied.  ValueError for guidance without labels, or for a label out of range.
+    Ho & Salimans 2022, equation 6
     """
     if labels is None:
-        raise ValueError("guidance needs labels: give them, too")
-    if isinstance(model.net, Preconditioned):  # else nothing is known about the network
+        raise ValueError("guidance needs labels: pass labels as well")
+    if isinstance(model.net, Preconditioned):  # nothing is known about any other network
         classes = getattr(model.net.net, "classes", 0)
         for label in torch.as_tensor(labels).flatten().tolist():
             common.check_range(f"of {classes} classes, a label", label, 0, classes - 1)
@@ -704,10 +732,11 @@ def guided(model, labels, guidance=0.0):
 
 
 def log_discretized_normal(x0, mean, sigma):
-    """log P(x0) of 8-bit pixels, (B,) nats: a level gets the normal's mass within half a level.
+    """log P(x0) of 8-bit pixels, (B,) nats: a level has the normal's mass within half a level.
 
-    x0 (B, C, H, W) in {-1, -1 + 2/255, ..., 1}; mean like x0; sigma > 0, a number or a tensor.
-    The end levels also get the tails, so that the 256 probabilities sum to 1.  Ho (13)
+    x0 (B, C, H, W) in {-1, -1 + 2/255, ..., 1}; mean shaped like x0; sigma > 0, a number or a
+    tensor.  The lowest and the highest level also get the tails, so that the 256 probabilities sum
+    to 1.  Ho (13)
     """
     level = ((x0.cpu().double() + 1) * 127.5).round()  # 0 ... 255
     mean = mean.cpu().double()
@@ -715,8 +744,8 @@ def log_discretized_normal(x0, mean, sigma):
     low = ((level - 0.5) / 127.5 - 1 - mean) / sigma
     high = torch.where(level == 255, math.inf, high)  # δ_+(1) = ∞   Ho (13)
     low = torch.where(level == 0, -math.inf, low)  # δ_-(-1) = -∞   Ho (13)
-    # The mass is Φ(high) - Φ(low) = Φ(-low) - Φ(-high).  Where both are near 1, their difference
-    # has no digits left, so above the mean it is computed on the mirrored side.
+    # The mass is Φ(high) - Φ(low) = Φ(-low) - Φ(-high).  If Φ(high) and Φ(low) are both near 1,
+    # their difference has no digits left, so above the mean the mirrored form is used.
     upper = low > 0
     log_high = torch.special.log_ndtr(torch.where(upper, -low, high))
     log_low = torch.special.log_ndtr(torch.where(upper, -high, low))
@@ -729,7 +758,7 @@ def log_discretized_normal(x0, mean, sigma):
 def x0_error(model, x0, t):
     """‖x_0 - x̂_0(x_t, t)‖² for one draw of x_t: x0 (B, C, H, W) -> (B,).  t is an int.
 
-    It is all that the network contributes to a term of the bound between the first and the last.
+    The terms L_{t-1} of the bound, t = 2 ... T, depend on the network through this error alone.
     """
     xt = model.q_sample(x0, t, torch.randn_like(x0))
     error = x0 - model.predict_x0(xt, t)
@@ -737,13 +766,13 @@ def x0_error(model, x0, t):
 
 
 def kl_of_step(model, t, s, error, variance=None):
-    """KL(q(x_s|x_t, x_0) ‖ p(x_s|x_t)) in nats, like error (B,), which x0_error gives.
+    """KL(q(x_s|x_t, x_0) ‖ p(x_s|x_t)) in nats, (B,).  error (B,): what x0_error returns.
 
-    For s = t-1 it is L_{t-1}.  variance: σ_t², if it is not the model's own.
+    For s = t-1 this is L_{t-1}.  variance: σ_t², by default the model's own.
     """
-    of_x0, beta_tilde = model.q_posterior(1.0, 0.0, t, s)  # the factor of x_0 in μ̃_t
+    of_x0, beta_tilde = model.q_posterior(1.0, 0.0, t, s)  # the coefficient of x_0 in μ̃_t
     if variance is None:
-        _, variance = model.p_mean_variance(0.0, t, s, x0_hat=0.0)
+        _, variance = model.p_mean_variance(0.0, t, s, x0_hat=0.0)  # σ_t² depends on no image
     gap = of_x0**2 * error  # ‖μ̃_t - μ_θ‖²
     ratio = beta_tilde / variance
     D = math.prod(model.shape)
@@ -752,13 +781,16 @@ def kl_of_step(model, t, s, error, variance=None):
 
 @torch.no_grad()
 def first_term(model, x0, times):
-    """L_0 = -log p(x_0|x_t) in nats, (B,), for the smallest time t; x0 holds 8-bit levels."""
+    """L_0 = -log p(x_0|x_t) in nats, (B,), for the smallest t > 0.
+
+    x0 has 8-bit levels in [-1, 1].
+    """
     t = times[-2]
     xt = model.q_sample(x0, t, torch.randn_like(x0))
     mean, variance = model.p_mean_variance(xt, t, 0)
     if variance == 0:
-        # With β̃_1 = 0 the decoder would have no uncertainty, so σ_1² = β̃_2, as in Ho's code.
-        # A sampler does not need this, because it adds no noise in its last step.
+        # With β̃_1 = 0 the decoder would be deterministic, so σ_1² = β̃_2, as in Ho's code.  A
+        # sampler does not need this, because it adds no noise in its last step.
         if len(times) > 2:
             _, variance = model.q_posterior(0.0, 0.0, times[-3], t)
         else:
@@ -769,22 +801,22 @@ def first_term(model, x0, times):
 def last_term(model, x0, times):
     """L_T = KL(q(x_T|x_0) ‖ N(0, I)) in nats, (B,)."""
     a = model.alpha_bar[times[0]].item()
-    # The mean is √a x_0 and the variance 1-a in KW (10)
+    # This is Kingma & Welling's KL to N(0, I) for the mean √a x_0 and the variance 1-a.  KW (10)
     nats = 0.5 * (a * x0.cpu().double() ** 2 - a - math.log1p(-a))
     return nats.flatten(1).sum(1)
 
 
 @torch.no_grad()
 def vlb_terms(model, x0, times=None):
-    """Every term of the bound, by one draw of each x_t: x0 (B, C, H, W) -> (B, K+1) in nats.
+    """Every term of the bound, from one draw of each x_t: x0 (B, C, H, W) -> (B, K+1) in nats.
 
-    times: K+1 falling ints, T ... 0; all of them unless given.  Column 0 is L_0, column K is L_T,
-    and between them are the KLs, small t first.  x0 holds 8-bit levels.  Bits per dimension are
-    nats / (C·H·W·ln 2).  Ho (5)
+    times: K+1 decreasing ints, T ... 0, by default all of them.  Column 0 is L_0, column K is L_T,
+    and between them are the KLs, from small t to large.  x0 has 8-bit levels in [-1, 1].  Bits per
+    dimension are the sum of a row divided by C·H·W·ln 2.  Ho (5)
     """
     times = model.times() if times is None else list(times)
     columns = [first_term(model, x0, times)]
-    pairs = list(itertools.pairwise(times))[:-1]  # all but the last, from x_1 to x_0
+    pairs = list(itertools.pairwise(times))[:-1]  # all but the last, which leads to x_0
     for t, s in common.progress(pairs[::-1], "bound"):
         columns.append(kl_of_step(model, t, s, x0_error(model, x0, t)))
     columns.append(last_term(model, x0, times))
@@ -795,13 +827,13 @@ def vlb_terms(model, x0, times=None):
 
 
 def steps_and_order(model, steps=None):
-    """How pictures are drawn: by default STEPS second-order steps; T steps are Ho's sampler."""
+    """How pictures are drawn: in second-order steps, except that all T steps are Ho's sampler."""
     steps = steps or min(STEPS, model.T)
     return steps, 1 if steps == model.T else 2
 
 
 def sample_many(model, n, steps=None, eta=1.0, labels=None, guidance=0.0):
-    """n images (n, C, H, W), 500 at a time, with a progress bar.  labels: (n,), if any."""
+    """n images (n, C, H, W), 500 at a time, with a progress bar.  labels: (n,), or None."""
     steps, order = steps_and_order(model, steps)
     images = []
     for i in common.progress(range(0, n, 500), "sampling"):
@@ -812,9 +844,10 @@ def sample_many(model, n, steps=None, eta=1.0, labels=None, guidance=0.0):
 
 
 def draw_samples(model, n, args, device, path):
-    """n samples in the picture `path`, the same at every call with the same seed.
+    """Draws n samples into the picture `path`; the same seed gives the same samples.
 
-    With labels, all show --digit, or else each class fills a row (n is rounded up).
+    With labels, all samples show --digit if it is given; else each class fills a row (n is rounded
+    up).
     """
     torch.manual_seed(model.settings["seed"] if args.seed is None else args.seed)
     labels, columns = common.labels_to_draw(model.settings["classes"], args.digit, n)
@@ -826,7 +859,7 @@ def draw_samples(model, n, args, device, path):
 
 
 def draw_guidance(model, args, device, path):
-    """Five samples of each class with guidance 0, 1 and 4, from the same noise, side by side."""
+    """Draws five samples of each class from the same noise, with guidance 0, 1 and 4 in turn."""
     classes = model.settings["classes"]
     labels = torch.arange(5 * len(classes)) // 5
     panels = []
@@ -836,17 +869,17 @@ def draw_guidance(model, args, device, path):
         with common.autocast(device, args.precision):
             x = sample_many(model, len(labels), args.steps, args.eta, labels, guidance)
         x = x.unflatten(0, (len(classes), 5))
-        panels += [x, torch.ones_like(x[:, :1])]  # and a gap
+        panels += [x, torch.ones_like(x[:, :1])]  # a white column separates the panels
         columns += ["", "", f"guidance {guidance}", "", "", ""]
     names = [common.caption(name) for name in classes]
     rows = dict(zip(names, torch.cat(panels[:-1], dim=1), strict=True))
-    title = f"DDPM, {common.title(model.settings)}: what guidance does"
+    title = f"DDPM, {common.title(model.settings)}: the effect of guidance"
     common.plot_rows(rows, path, title, columns[:-1])
 
 
 @torch.no_grad()
 def draw(model, history, args, device):
-    """The pictures of a trained model, in OUT."""
+    """Draws the pictures of a trained model, into OUT."""
     out = Path(args.out)
     name = f"DDPM, {common.title(model.settings)}"
     draw_samples(model, 100, args, device, out / "ddpm_samples.png")
@@ -859,7 +892,7 @@ def draw(model, history, args, device):
     xt = torch.randn(1, *model.shape, device=device)
     with common.autocast(device, args.precision):
         frames = list(model.trajectory(xt, times, args.eta, order))
-    every = math.ceil(len(times) / 51)  # at most 50 frames and the last one
+    every = math.ceil(len(times) / 51)  # about 50 frames, of which the last is x_0
     t, noisy, guess = zip(*frames[:-1:every], frames[-1], strict=True)
     labels = [f"t = {each}" for each in t]
     panels = {"$x_t$": to_image(torch.cat(noisy)), "$\\hat{x}_0$": to_image(torch.cat(guess))}
@@ -870,7 +903,7 @@ def draw(model, history, args, device):
     rows = {label: x[first::every] for label, x in panels.items()}
     common.plot_rows(rows, out / "ddpm_trajectory.png", title, labels[first::every])
 
-    drawn = f"training, {model.settings['t']} t"
+    drawn = f"training images, {model.settings['t']} t"
     lines = {drawn: "train_loss", "test images, uniform t, averaged weights": "test_loss"}
     curves = {f"loss ({model.settings['weighting']}), mean over pixels": lines}
     common.plot_curves(history, curves, out / "ddpm_loss.png", name, yscale="log")
@@ -878,30 +911,32 @@ def draw(model, history, args, device):
 
 # ---- the command line
 
-# Stored in checkpoints, so that changed code cannot go on with weights that old code trained.
+# Stored in checkpoints, so that changed code does not continue a run that older code began.
 CODE = common.fingerprint(__file__)
 
 
 def defaults(args, device):
-    """The settings of a new run, where no flag says otherwise."""
+    """The settings of a new run, unless a flag says otherwise."""
     recipe = args.recipe or ("paper" if device.type == "cuda" else "short")
     return common.defaults(device) | SETTINGS | {"recipe": recipe} | RECIPES[recipe]
 
 
 def objective(settings):
-    """What a run minimizes, in a line: a CPU's default is not the paper's."""
+    """A line that says which loss a run minimizes, because a CPU's default is not the paper's."""
     simple = settings.weighting == "simple" and settings.t == "uniform"
-    loss = "Ho's L_simple" if simple else "not Ho's L_simple, which is --recipe paper"
+    loss = "Ho's L_simple" if simple else "not Ho's L_simple (--recipe paper alone has that)"
     return f"recipe {settings.recipe}: its loss is {loss}"
 
 
 def check_sampling(args, settings):
-    """InputError where a model of these settings cannot be sampled as args say."""
+    """InputError if a model with these settings cannot be sampled as args say."""
     T = settings["T"]
     if args.steps and args.steps > T:
-        raise common.InputError(f"--steps {args.steps} exceeds T = {T}")
+        raise common.InputError(f"--steps {args.steps} exceeds T = {T}: choose at most {T}")
     if (args.digit is not None or args.guidance) and not (args.sample and settings["labels"]):
-        raise common.InputError("--digit and --guidance need --sample and a run with --labels")
+        raise common.InputError(
+            "--digit and --guidance need --sample and a model trained with --labels"
+        )
 
 
 def load(path, device="cpu"):
@@ -910,20 +945,24 @@ def load(path, device="cpu"):
 
 
 def parse(argv):
-    """The command line -> args, with None for the settings that no flag gives."""
+    """The command line -> args, with None for each setting that no flag sets."""
     parser = common.arguments(__doc__)
     add = parser.add_argument
     number = common.number
-    add("--recipe", choices=list(RECIPES), help="set of defaults (paper on a GPU, else short)")
-    add("--weighting", choices=WEIGHTINGS, help="weight of each t in the loss (the recipe's)")
-    add("--width", type=number(int, 4, 1024), help="channels of the U-Net (the recipe's)")
-    add("--T", type=number(int, 2, 10000), help="steps of the chain (1000)")
-    add("--schedule", choices=SCHEDULES, help="schedule of the noise (linear)")
-    add("--labels", **common.SWITCH, help="tell the network the labels, so that it can draw one")
-    add("--digit", help="with --sample: the label to draw (a row for each)")
-    add("--guidance", type=number(float, 0, 100), default=0.0, help="clearer, less varied (0)")
-    add("--steps", type=number(int, 1, 10000), help=f"network evaluations per sample ({STEPS})")
-    add("--eta", type=number(float, 0, 1), default=1.0, help="noise in sampling; 0: DDIM (1)")
+    recipe = "set of defaults (default: paper on an NVIDIA GPU, else short)"
+    add("--recipe", choices=list(RECIPES), help=recipe)
+    add("--weighting", choices=WEIGHTINGS, help="weights of the loss (default: the recipe's)")
+    add("--width", type=number(int, 4, 1024), help="channels of the U-Net (default: the recipe's)")
+    add("--T", type=number(int, 2, 10000), help="number of diffusion steps (default: 1000)")
+    add("--schedule", choices=SCHEDULES, help="noise schedule (default: linear)")
+    add("--labels", **common.SWITCH, help="tell the network the labels, to draw chosen digits")
+    add("--digit", help="with --sample: the label to draw (default: a row of each)")
+    guidance = "with --sample: more gives clearer, less varied images (default: 0)"
+    add("--guidance", type=number(float, 0, 100), default=0.0, help=guidance)
+    steps = f"steps of the sampler (default: {STEPS}; all T are Ho's)"
+    add("--steps", type=number(int, 1, 10000), help=steps)
+    eta = "noise added in sampling, from 1, Ho's, to 0, none (default: 1)"
+    add("--eta", type=number(float, 0, 1), default=1.0, help=eta)
     return parser.parse_args(argv)
 
 

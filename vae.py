@@ -1,8 +1,8 @@
-"""A variational autoencoder (VAE) of handwritten digits, in the order of the paper.
+"""A variational autoencoder (VAE) of handwritten digits, beside the equations of the paper.
 
   python vae.py                                    train, or resume a stopped run; then draw
-  python vae.py --latent-dim 20 --out results/z20  better images, but no map of the latents
-  python vae.py --network conv --latent-dim 20 --out results/conv     convolutions: still better
+  python vae.py --latent-dim 20 --out results/z20  better images, but no map of the latent space
+  python vae.py --network conv --latent-dim 20 --out results/conv   with convolutions
   python vae.py --sample 64 --seed 1               draw 64 images from the checkpoint in results/
 
 KW is Kingma & Welling 2014, "Auto-Encoding Variational Bayes" (arXiv:1312.6114).
@@ -13,7 +13,7 @@ is p(z) = N(0, I).  Encoder and decoder are trained together to raise a lower bo
     log p(x)  >=  ELBO  =  E_q(z|x)[log p(x|z)]  -  KL(q(z|x) ‖ p(z))     KW (3)
 
 The first term rewards a good reconstruction of x.  The second keeps q(z|x) close to the prior, so
-that what is decoded from a draw of the prior looks like an image, too.
+that decoding a draw from the prior yields something that looks like an image, too.
 
 Images are (B, C, H, W) in [0, 1].  Both terms are in nats per image.
 """
@@ -31,11 +31,11 @@ import common
 # ---- settings
 
 SETTINGS = {
-    "latent_dim": 2,  # small enough to draw a map of the latents
-    "network": "mlp",  # as in the course report; "conv" has convolutions
+    "latent_dim": 2,  # small enough to draw a map of the latent space
+    "network": "mlp",  # as in the course report; "conv" uses convolutions
     "likelihood": "bernoulli",  # p(x|z); "gaussian" is the other one
-    "kl_weight": 1.0,  # of the KL in the loss.  The loss is -ELBO only at 1
-    "epochs": 100,  # as in the course report that this repository redoes
+    "kl_weight": 1.0,  # weight of the KL in the loss, which is -ELBO only if this is 1
+    "epochs": 100,  # as in the course report whose experiment this repository repeats
     "batch_size": 256,
     "lr": 1e-3,  # at the start; it falls to 0 along half a cosine
 }
@@ -57,8 +57,9 @@ def kl_to_prior(mu, logvar):
 def log_bernoulli(x, logits):
     """log Π_i y_i^x_i (1 - y_i)^(1 - x_i) with y = sigmoid(logits), in nats: (..., D) -> (...).
 
-    It is a likelihood of x in {0, 1}.  For gray x it is a customary score: its "probabilities" of
-    the 256 levels do not sum to 1, so its nats cannot be compared with another model's.
+    It is a likelihood if x is in {0, 1}.  For gray x it is only a common score: its
+    "probabilities" of the 256 gray levels do not sum to 1, so its nats cannot be compared with a
+    true log-likelihood.
     """
     x = x.expand_as(logits)
     nats = F.binary_cross_entropy_with_logits(logits, x, reduction="none")
@@ -75,7 +76,10 @@ def log_normal(x, mu, logvar):
 
 
 def mlp(latent_dim, shape):
-    """An encoder and a decoder of three layers each: (B, D) -> (B, 2 latent_dim), and back."""
+    """An encoder (B, D) -> (B, 2 latent_dim) and a decoder (B, latent_dim) -> (B, D).
+
+    Each has three layers.
+    """
     D = math.prod(shape)
     down = [nn.Linear(D, 512), nn.ReLU(), nn.Linear(512, 256), nn.ReLU()]
     up = [nn.Linear(latent_dim, 256), nn.ReLU(), nn.Linear(256, 512), nn.ReLU()]
@@ -88,9 +92,9 @@ def mlp(latent_dim, shape):
 class VAE(nn.Module):
     """An encoder, a decoder and the bound.
 
-    latent_dim: the size of z.  likelihood: "bernoulli", where the decoder gives each pixel's
-    probability of white, or "gaussian", where it gives each pixel's mean.  shape: (C, H, W) of an
-    image. network: "mlp" or "conv".  ValueError for any other value.
+    latent_dim: the size of z.  likelihood: "bernoulli", where the decoder gives the probability
+    that each pixel is white, or "gaussian", where it gives each pixel's mean.  shape: (C, H, W) of
+    an image.  network: "mlp" or "conv".  ValueError for any other value.
     """
 
     def __init__(self, latent_dim=2, likelihood="bernoulli", shape=(1, 28, 28), network="mlp"):
@@ -109,14 +113,15 @@ class VAE(nn.Module):
 
     def encode(self, x):
         """q(z|x) = N(mu, σ²), σ² = exp(logvar): x (B, C, H, W) -> mu, logvar, (B, latent_dim)."""
-        h = self.encoder(x.flatten(1)).to(x.dtype)  # (B, 2 latent_dim), out of autocast's bfloat16
+        h = self.encoder(x.flatten(1)).to(x.dtype)  # (B, 2 latent_dim); autocast gives bfloat16
         mu, logvar = h.chunk(2, dim=-1)  # KW (9)
         return mu, logvar
 
     def reparameterize(self, mu, logvar, eps=None):
-        """A draw z from q(z|x), like mu.  Its noise eps ~ N(0, I) comes from outside.  KW (4)
+        """A draw z from q(z|x), shaped like mu, made from the noise eps ~ N(0, I).  KW (4)
 
-        So z is a function of mu and logvar, and gradients pass through it to the encoder.
+        All randomness is in eps, which does not depend on the encoder.  So z is a differentiable
+        function of mu and logvar, and gradients flow through it to the encoder.
         """
         if eps is None:
             eps = torch.randn_like(mu)
@@ -129,7 +134,7 @@ class VAE(nn.Module):
 
     def logits(self, z):
         """The decoder's output before the sigmoid: z (..., latent_dim) -> (..., D)."""
-        h = self.decoder(z.reshape(-1, self.latent_dim))  # convolutions know a single batch axis
+        h = self.decoder(z.reshape(-1, self.latent_dim))  # convolutions accept one batch axis
         return h.to(z.dtype).view(*z.shape[:-1], math.prod(self.shape))
 
     def log_likelihood(self, x, z):
@@ -140,10 +145,10 @@ class VAE(nn.Module):
         return log_normal(x, torch.sigmoid(self.logits(z)), self.logvar_x)  # KW (12)
 
     def forward(self, x):
-        """The ELBO's two terms by one draw of z: x (B, C, H, W) -> reconstruction, kl, (B,) nats.
+        """The ELBO's two terms from one draw of z: x (B, C, H, W) -> reconstruction, kl.
 
-        One draw per image is enough for training, because the batch is an average over draws, too
-        (KW, section 2.3).
+        Each is (B,), in nats.  One draw per image is enough for training, because the mean over
+        the batch averages over draws, too (KW, section 2.3).
         """
         mu, logvar = self.encode(x)
         z = self.reparameterize(mu, logvar)
@@ -160,11 +165,11 @@ class VAE(nn.Module):
     # ---- other estimators of the bound, for measuring rather than training
 
     def elbo_terms(self, x, samples=1, eps=None):
-        """The ELBO's two terms by L = samples draws of z: estimator B.  KW (5) and (7)
+        """The ELBO's two terms from `samples` draws of z: estimator B.  KW (5) and (7)
 
-        x (B, C, H, W) -> reconstruction, kl, each (B,) in nats.  The first is the mean of L
-        log-likelihoods.
-        eps: the noise of the draws, (samples, B, latent_dim).  ValueError for samples < 1.
+        x (B, C, H, W) -> reconstruction, kl, each (B,) in nats.  The reconstruction is the mean of
+        the draws' log-likelihoods.  samples: the paper's L.  eps: the noise of the draws,
+        (samples, B, latent_dim).  ValueError for samples < 1.
         """
         common.check_range("samples", samples, 1)
         mu, logvar = self.encode(x)
@@ -175,8 +180,9 @@ class VAE(nn.Module):
     def log_weights(self, x, samples=1):
         """log p(x, z) - log q(z|x) for z ~ q(z|x): x (B, C, H, W) -> (samples, B) in nats.
 
-        Its mean is estimator A of the ELBO, which is noisier than B because its KL is a draw, too.
-        Its logsumexp minus log(samples) is a tighter bound (Burda et al. 2016).  KW (2) and (6)
+        Its mean over draws is estimator A of the ELBO, which is usually noisier than B, because it
+        estimates the KL from the draws, too.  Its logsumexp over draws, minus log(samples),
+        estimates a tighter bound (Burda et al. 2016).  KW (2) and (6)
         """
         common.check_range("samples", samples, 1)
         mu, logvar = self.encode(x)
@@ -188,17 +194,17 @@ class VAE(nn.Module):
 
 
 def build(settings):
-    """The VAE of a run's settings, a dict.  To try another network, change this function."""
+    """The VAE for a run's settings (a dict).  To try another network, change this function."""
     network = settings.get("network", "mlp")  # older checkpoints do not name it
     model = VAE(settings["latent_dim"], settings["likelihood"], settings["shape"], network)
-    return model.to(memory_format=torch.channels_last)  # the layout of fast convolutions
+    return model.to(memory_format=torch.channels_last)  # the fastest layout for convolutions
 
 
 # ---- the training loop
 
 
 def get_lr(done, peak):
-    """The learning rate when a share `done` in (0, 1) of the run is over: half a cosine.
+    """The learning rate after a fraction `done`, in (0, 1), of the run: half a cosine.
 
     It falls to 0, so that the last steps average out the noise of the batches.
     """
@@ -206,12 +212,12 @@ def get_lr(done, peak):
 
 
 def train(args, device, watch=None):
-    """Maximizes the ELBO, or resumes a run that was stopped -> model, history.
+    """Trains a VAE, or resumes a run that was stopped -> model, history.
 
-    KW, Algorithm 1.  args: as parse returns them.  history is a list with one dict per epoch:
-    epoch, both terms of the ELBO in training and on test images (nats per image), seconds of
-    training since the start, and what watch(model, epoch) returns.  After each epoch all of it is
-    in OUT/vae.pt.
+    KW, Algorithm 1.  With a kl_weight of 1 this maximizes the ELBO.  args: as parse returns them.
+    history is a list with one dict per epoch: epoch, both terms of the ELBO on training and on
+    test images (nats per image), seconds of training since the start, and what watch(model, epoch)
+    returns.  Everything is saved in OUT/vae.pt after each epoch.
     """
     path = Path(args.out) / "vae.pt"
     settings, saved = common.open_run(args, path, defaults(args, device), CODE)
@@ -239,7 +245,8 @@ def train(args, device, watch=None):
     for epoch in range(len(history) + 1, settings.epochs + 1):
         started = time.perf_counter()
         total = torch.zeros(2, device=device)
-        # Each epoch has its own seed, so that a resumed run draws the same random numbers.
+        # Each epoch has its own seed, so that a resumed run draws the same random numbers as one
+        # that was never stopped.
         torch.manual_seed(10**6 * settings.seed + epoch)
         order = torch.randperm(N, device=device)[: updates * B].view(updates, B)
         for step, batch in enumerate(common.share(order), start=updates * (epoch - 1)):
@@ -249,7 +256,7 @@ def train(args, device, watch=None):
             x = x_train[batch] / 255  # (B, C, H, W) in [0, 1]
             with common.autocast(device, settings.precision):
                 reconstruction, kl = wrapped(x)  # (B,) nats each
-            # -ELBO if the weight is 1, which is -1/N times KW (8)
+            # If the weight is 1, this is the mean of -ELBO, which is -1/N times KW (8)
             loss = (settings.kl_weight * kl - reconstruction).mean()
 
             optimizer.zero_grad()
@@ -284,7 +291,7 @@ def train(args, device, watch=None):
 
 @torch.no_grad()
 def evaluate(model, images, seed):
-    """Both terms of the ELBO in nats, means over images, uint8 (N, C, H, W)."""
+    """Both terms of the ELBO in nats: means over images, uint8 (N, C, H, W), by one draw each."""
     torch.manual_seed(seed)
     terms = [torch.stack(model.elbo_terms(batch / 255)) for batch in images.split(1000)]
     return torch.cat(terms, dim=1).mean(1).tolist()
@@ -294,15 +301,16 @@ def evaluate(model, images, seed):
 
 
 def conv(latent_dim, shape, width=32):
-    """An encoder and a decoder like mlp, of convolutions: to a quarter of the resolution and back.
+    """An encoder and a decoder like those of mlp, but with convolutions.
 
-    ValueError unless the images' height and width are multiples of 4.
+    The encoder reduces the resolution to a quarter, and the decoder restores it.  ValueError
+    unless the images' height and width are multiples of 4.
     """
     C, H, W = shape
     if H % 4 or W % 4:
         raise ValueError(f"height and width must be multiples of 4, not {H} and {W}")
     low = (2 * width, H // 4, W // 4)
-    resize = {"kernel_size": 4, "stride": 2, "padding": 1}  # by a factor of 2
+    resize = {"kernel_size": 4, "stride": 2, "padding": 1}  # halves or doubles the resolution
     encoder = nn.Sequential(
         nn.Unflatten(1, tuple(shape)),
         nn.Conv2d(C, width, **resize),
@@ -328,7 +336,7 @@ def conv(latent_dim, shape, width=32):
 
 
 def draw_samples(model, n, args, path):
-    """n samples in the picture `path`, the same at every call with the same seed."""
+    """Draws n samples into the picture `path`; the same seed gives the same samples."""
     torch.manual_seed(model.settings["seed"] if args.seed is None else args.seed)
     title = f"VAE, {model.latent_dim}-D latent, {common.title(model.settings)}: {n} samples"
     common.plot_grid(model.sample(n), path, title)
@@ -336,7 +344,7 @@ def draw_samples(model, n, args, path):
 
 @torch.no_grad()
 def draw(model, history, args, device):
-    """The pictures of a trained model, in OUT."""
+    """Draws the pictures of a trained model, into OUT."""
     out = Path(args.out)
     name = f"VAE, {model.latent_dim}-D latent, {common.title(model.settings)}"
     draw_samples(model, 100, args, out / "vae_samples.png")
@@ -344,11 +352,11 @@ def draw(model, history, args, device):
     settings = common.Namespace(**model.settings)
     _, _, x_test, y_test = common.load_data(settings, args, device)
     x = x_test[:12] / 255
-    rows = {"test image": x, "decoded μ(x)": model.decode(model.encode(x)[0])}
+    rows = {"test images": x, "decoded μ(x)": model.decode(model.encode(x)[0])}
     common.plot_rows(rows, out / "vae_reconstructions.png", f"{name}: reconstructions")
-    likelihood = {"training": "train_reconstruction", "test images": "test_reconstruction"}
-    kl = {"training": "train_kl", "test images": "test_kl"}
-    curves = {"log-likelihood, nats": likelihood, "KL, nats": kl}
+    likelihood = {"training images": "train_reconstruction", "test images": "test_reconstruction"}
+    kl = {"training images": "train_kl", "test images": "test_kl"}
+    curves = {"E log p(x|z), nats": likelihood, "KL, nats": kl}
     common.plot_curves(history, curves, out / "vae_curves.png", f"{name}: the ELBO's terms")
     if model.latent_dim == 2:
         mu = torch.cat([model.encode(batch / 255)[0] for batch in x_test.split(1000)])
@@ -358,12 +366,12 @@ def draw(model, history, args, device):
 
 # ---- the command line
 
-# Stored in checkpoints, so that changed code cannot go on with weights that old code trained.
+# Stored in checkpoints, so that changed code does not continue a run that older code began.
 CODE = common.fingerprint(__file__)
 
 
 def defaults(args, device):
-    """The settings of a new run, where no flag says otherwise."""
+    """The settings of a new run, unless a flag says otherwise."""
     return common.defaults(device) | SETTINGS
 
 
@@ -373,13 +381,14 @@ def load(path, device="cpu"):
 
 
 def parse(argv):
-    """The command line -> args, with None for the settings that no flag gives."""
+    """The command line -> args, with None for each setting that no flag sets."""
     parser = common.arguments(__doc__)
     add = parser.add_argument
-    add("--latent-dim", type=common.number(int, 1, 512), help="size of z (2)")
-    add("--network", choices=NETWORKS, help="type of encoder and decoder (mlp)")
-    add("--likelihood", choices=LIKELIHOODS, help="p(x|z) (bernoulli)")
-    add("--kl-weight", type=common.number(float, 0, 1000), help="weight of the KL in the loss (1)")
+    weight = "weight of the KL in the loss (default: 1)"
+    add("--latent-dim", type=common.number(int, 1, 512), help="size of z (default: 2)")
+    add("--network", choices=NETWORKS, help="type of encoder and decoder (default: mlp)")
+    add("--likelihood", choices=LIKELIHOODS, help="form of p(x|z) (default: bernoulli)")
+    add("--kl-weight", type=common.number(float, 0, 1000), help=weight)
     return parser.parse_args(argv)
 
 

@@ -1,9 +1,9 @@
-"""Speed of a loss and its gradient beside the machine's own best: a table in markdown.
+"""Measures the speed of each model against the machine's own best, as a Markdown table.
 
-Run it by hand, on a machine that does nothing else:
+Run it by hand, on an otherwise idle machine:
 
   python tests/benchmark.py [--device cuda]
-  python tests/benchmark.py --until 20    also trains the DDPM until its samples are that good
+  python tests/benchmark.py --until 20    also trains the DDPM to a Fréchet distance of 20
 """
 
 import argparse
@@ -25,7 +25,7 @@ import vae  # noqa: E402
 
 
 def per_call(job, device):
-    """Seconds that a call of job takes: the median of five seconds, after one to warm up."""
+    """Seconds per call of job: the median over five seconds of calls, after one to warm up."""
     times = []
     while len(times) < 4 or sum(times) < 5:
         started = time.perf_counter()
@@ -147,7 +147,7 @@ def main():
             optimizer.step()
 
         for backward, job in (False, forward), (True, step):
-            what = "forward and backward" if backward else "forward"
+            what = "training step" if backward else "forward"
             seconds = per_call(job, device)
             share = flops(job) / seconds / peaks[backward]
             cells = f"{name}, {what}", f"{1000 * seconds:.1f}", f"{B / seconds:,.0f}"

@@ -1,4 +1,4 @@
-"""ddpm.py beyond the paper: the second-order sampler, labels and guidance, and training on."""
+"""ddpm.py beyond the paper: second-order sampling, labels, guidance, continued training."""
 
 import math
 import shutil
@@ -28,7 +28,7 @@ def seeded():
 
 # ---- the second-order sampler
 
-S = 0.25  # each pixel ~ N(0, S²), whose best network is known
+S = 0.25  # The data: each pixel is from N(0, S²), for which the best network is known.
 
 
 def gaussian(T):
@@ -44,7 +44,7 @@ def gaussian(T):
 
 
 def order_of(order):
-    """By which power of the step the error of the noiseless sampler falls, 10 to 80 steps."""
+    """The deterministic sampler's empirical order of convergence, between 10 and 80 steps."""
     T = 20000
     model, alpha_bar, spread = gaussian(T)
     log_ratio = 0.5 * (alpha_bar[1:] / (1 - alpha_bar[1:])).log()
@@ -54,12 +54,12 @@ def order_of(order):
         grid = torch.linspace(log_ratio[-1], 2.0, steps + 1, dtype=F64)  # steps of one size in λ
         times = [(log_ratio - at).abs().argmin().item() + 1 for at in grid]
         *_, (t, xt, _) = model.trajectory(xT, times, 0.0, order)
-        exact = xT * spread[t] / spread[T]  # the flow of normals is a scaling
+        exact = xT * spread[t] / spread[T]  # for normals, the probability flow is a scaling
         errors.append((xt - exact).abs().max().item())
     return math.log(errors[0] / errors[1]) / math.log(8)
 
 
-def test_the_error_of_two_orders_falls_by_their_powers_of_the_step():
+def test_the_error_falls_with_the_order_of_the_sampler():
     assert 0.9 < order_of(1) < 1.1
     assert order_of(2) > 1.8
 
@@ -108,7 +108,7 @@ def test_sampling_keeps_no_trajectory(options):
     assert len(seen) == 50 and max(alive) <= 3
 
 
-def test_an_order_that_does_not_exist_is_named():
+def test_an_unknown_order_is_refused():
     with pytest.raises(ValueError, match="order .*1, 2, not 3"):
         gaussian(10)[0].sample(1, 5, order=3)
 
@@ -117,7 +117,7 @@ def test_an_order_that_does_not_exist_is_named():
 
 
 class Told(torch.nn.Module):
-    """A network whose two answers are known: 2 for label 1, and 0.5 without a label."""
+    """A network whose two answers are known: 2 with a label, and 0.5 without one."""
 
     def __init__(self):
         super().__init__()
@@ -129,7 +129,7 @@ class Told(torch.nn.Module):
 
 
 @pytest.mark.parametrize("guidance, eps, calls", [(0, 2.0, 1), (1, 3.5, 2), (1.5, 4.25, 2)])
-def test_guidance_goes_from_the_answer_without_a_label_past_that_with_it(guidance, eps, calls):
+def test_guidance_extrapolates_past_the_guess_with_a_label(guidance, eps, calls):
     net = Told()
     model = ddpm.DDPM(net, T=10, clip=False, shape=TINY)
     guided = ddpm.guided(model, torch.tensor([1, 0]), guidance)
@@ -161,7 +161,7 @@ def test_a_tenth_of_the_labels_is_left_out():
     assert share == pytest.approx(0.1, abs=5 * math.sqrt(0.09 / 20000))
 
 
-def test_no_label_is_the_last_one_and_a_network_without_classes_is_as_before():
+def test_no_label_is_the_last_index_and_the_rest_of_the_network_is_as_before():
     torch.manual_seed(3)
     plain = ddpm.UNet(1, 1, width=4)
     torch.manual_seed(3)
@@ -192,13 +192,13 @@ def labelled(digits, tmp_path_factory):
     return out
 
 
-def test_a_run_with_labels_draws_three_guidances(labelled):
+def test_a_run_with_labels_draws_three_guidance_weights(labelled):
     picture = Image.open(labelled / "ddpm_labels.png").convert("L")
     assert picture.getextrema()[1] > 100 and picture.width > picture.height
 
 
 def sampled(monkeypatch, out, *more):
-    """The images, columns and asked labels of --sample."""
+    """The images, columns, labels and guidance of --sample."""
     drawn, asked = [], []
     guided = ddpm.guided
     monkeypatch.setattr(
@@ -213,7 +213,7 @@ def sampled(monkeypatch, out, *more):
     return *drawn[0], *asked[0]
 
 
-def test_each_class_has_a_row_or_all_are_the_digit(labelled, monkeypatch):
+def test_each_class_fills_a_row_unless_a_digit_is_given(labelled, monkeypatch):
     x, columns, labels, guidance = sampled(monkeypatch, labelled, "--sample", "20")
     assert (len(x), columns, guidance) == (20, 2, 0.0)
     assert labels == [label for label in range(10) for _ in range(2)]
@@ -223,12 +223,12 @@ def test_each_class_has_a_row_or_all_are_the_digit(labelled, monkeypatch):
 
 
 @pytest.mark.parametrize("more, words", [(["--digit", "x"], "--digit x .*choose 0, 1")])
-def test_a_digit_that_does_not_exist_is_one_line(labelled, more, words):
+def test_an_unknown_digit_is_refused(labelled, more, words):
     with pytest.raises(common.InputError, match=words):
         ddpm.main(["--out", str(labelled), "--device", "cpu", "--sample", "2", *more])
 
 
-def test_a_model_without_labels_knows_no_digit(digits, tmp_path):
+def test_a_digit_needs_a_model_with_labels(digits, tmp_path):
     ddpm.main(flags(digits, tmp_path, "--epochs", 1))
     for more in ["--digit", "3"], ["--labels"]:
         with pytest.raises(common.InputError, match="labels"):
@@ -259,7 +259,7 @@ def test_sub_folders_are_the_labels_of_pictures(tmp_path):
     Image.new("L", (16, 16)).save(folder / "loose.png")  # which has no label
     settings.pictures = "other"
     assert common.load_data(settings, args, CPU)[1] is None
-    with pytest.raises(common.InputError, match="sub-folder"):
+    with pytest.raises(common.InputError, match="subfolder"):
         common.class_names(settings, args)
 
 
@@ -275,7 +275,7 @@ def test_only_pictures_that_can_be_read_have_labels(tmp_path):
     assert common.class_names(settings, args) == ["cat", "ox"]
 
 
-def test_a_label_that_does_not_exist_is_named_with_the_range():
+def test_an_unknown_label_is_refused_with_the_range():
     model = ddpm.DDPM(
         ddpm.Preconditioned(ddpm.LabelledUNet(3, 1, 4, 10), ddpm.DDPM(None).alpha_bar)
     )
@@ -289,7 +289,7 @@ def test_a_label_that_does_not_exist_is_named_with_the_range():
         model.sample(2, labels=7)
 
 
-def test_pictures_with_labels_can_be_asked_for(tmp_path, monkeypatch):
+def test_samples_of_a_folders_label_can_be_drawn(tmp_path, monkeypatch):
     folder = pictures(tmp_path / "pets", ["dog", "$cat_$"])
     out = tmp_path / "out"
     more = "--size 16 --labels --epochs 1 --batch-size 5 --T 10 --width 4 --steps 2 --device cpu"
@@ -318,7 +318,7 @@ def train(digits, out, epochs, watch=None):
     return ddpm.train(args, common.start(args), watch)
 
 
-def test_more_epochs_train_on_and_a_stop_changes_nothing(digits, tmp_path, capsys):
+def test_more_epochs_continue_a_run_and_a_stop_changes_nothing(digits, tmp_path, capsys):
     first = tmp_path / "first"
     train(digits, first, 2)
     capsys.readouterr()
@@ -326,7 +326,7 @@ def test_more_epochs_train_on_and_a_stop_changes_nothing(digits, tmp_path, capsy
     parts = Path(shutil.copytree(first, tmp_path / "parts"))
     train(digits, whole, 5)
     said = capsys.readouterr().out
-    assert "going on after epoch 2 of 5" in said and said.count("of a run of 5 epochs") == 1
+    assert "going on after epoch 2 of 5" in said and said.count("the schedule for 5 epochs") == 1
 
     def stop(model, epoch):
         if epoch == 4:
@@ -381,7 +381,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_change_takes_one_place_and_runs(change, digits, tmp_path):
+def test_each_change_takes_one_edit_and_runs(change, digits, tmp_path):
     for name in "ddpm.py", "common.py":
         shutil.copy(REPO / name, tmp_path)
     source = (tmp_path / "ddpm.py").read_text("utf-8")

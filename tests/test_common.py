@@ -37,7 +37,8 @@ CPU = torch.device("cpu")
 @pytest.fixture(autouse=True)
 def offline(monkeypatch):
     def refuse(*_, **__):
-        assert 0 < common.socket.getdefaulttimeout() <= 60  # a dead network cannot hang
+        # So that a dead network cannot hang the run.
+        assert 0 < common.socket.getdefaulttimeout() <= 60
         raise urllib.error.URLError("no network")
 
     monkeypatch.setattr(urllib.request, "urlopen", refuse)
@@ -46,7 +47,7 @@ def offline(monkeypatch):
 
 
 def load_data(data, root="", out="", **given):
-    """As the scripts call it -> x_train, y_train, x_test, y_test."""
+    """Calls common.load_data as the scripts do -> x_train, y_train, x_test, y_test."""
     settings = Namespace(**common.defaults(CPU) | {"data": str(data)} | given)
     if data not in common.SETS:
         settings.pictures, _ = common._digest(data, out)
@@ -54,7 +55,7 @@ def load_data(data, root="", out="", **given):
 
 
 def refused(call, *words):
-    """The call raises an InputError that has all the words."""
+    """Asserts that the call raises an InputError whose message has all the words."""
     with pytest.raises(common.InputError) as error:
         call()
     for word in words:
@@ -117,7 +118,7 @@ def test_damaged_files_are_refused_with_their_folder(tmp_path, raw):
     refused(lambda: load_data("mnist", tmp_path), raw, "0 images, 0 labels")
 
 
-def test_without_a_network_missing_files_are_said_where_to_put(tmp_path, raw):
+def test_without_a_network_the_error_says_where_to_put_missing_files(tmp_path, raw):
     names = [f"{name}-ubyte.gz" for name in common.FILES]
     refused(lambda: load_data("fashion", tmp_path), tmp_path / "FashionMNIST" / "raw", *names)
     assert common.socket.getdefaulttimeout() is None
@@ -153,7 +154,7 @@ RED = Image.new("RGB", (32, 32), (200, 10, 10))
 
 
 def encoded(picture, name, **options):
-    """The bytes of a picture's file of this name."""
+    """The bytes of a picture saved under this name."""
     file = io.BytesIO()
     file.name = name
     picture.save(file, **options)
@@ -180,7 +181,8 @@ def test_formats(tmp_path, suffix):
         x = pictures(tmp_path / picture.mode, {f"a.{suffix}": file, f"b.{suffix}": file})
         pixels = np.moveaxis(np.array(picture.convert("RGB")), 2, 0)[: x.shape[1]]
         np.testing.assert_allclose(x, [pixels, pixels], atol=6)
-        assert (x.shape[1] == 1) == (picture is GRAY and suffix != "webp")  # nearly gray
+        # WebP is only nearly gray.
+        assert (x.shape[1] == 1) == (picture is GRAY and suffix != "webp")
 
 
 def halves(mode, upper, lower, size=(40, 40)):
@@ -195,7 +197,7 @@ PALETTE.putpalette([10, 20, 30, 40, 50, 60])
 WIDE = halves("L", 50, 90, (900, 400))
 WIDE.paste(255, (0, 0, 200, 400))  # beside the square in the middle that is cut out
 TURNED = Image.Exif()
-TURNED[0x0112] = 8  # to be shown turned: the upper half on the left
+TURNED[0x0112] = 8  # Exif orientation 8: shown rotated, with the upper half on the left
 FRAMES = {"save_all": True, "append_images": [Image.new("RGB", (32, 32), "blue")]}
 
 
@@ -215,12 +217,12 @@ FRAMES = {"save_all": True, "append_images": [Image.new("RGB", (32, 32), "blue")
 )
 def test_what_a_picture_shows(tmp_path, name, picture, options, upper_right, lower_left):
     file = encoded(picture, name, **options)
-    x, _ = pictures(tmp_path, {name: file, f"below/{name}": file})  # two are the fewest
+    x, _ = pictures(tmp_path, {name: file, f"below/{name}": file})  # at least two are needed
     assert x[:, 1, 30].tolist() == pytest.approx(upper_right, abs=4)
     assert x[:, 30, 1].tolist() == pytest.approx(lower_left, abs=4)
 
 
-def test_gray_pictures_among_coloured_ones_become_coloured(tmp_path):
+def test_gray_pictures_among_colored_ones_become_colored(tmp_path):
     GRAY_16.save(tmp_path / "a.png")
     RED.save(tmp_path / "b.png")
     x = pictures(tmp_path, {})
@@ -277,7 +279,7 @@ def test_a_dark_picture_stays_dark_and_a_mask_is_white(tmp_path):
     assert sorted(x[:, 0, 5, 25].tolist()) == [round(255 * 6000 / 65535), 255]
 
 
-def test_pixels_that_are_no_numbers_are_skipped_by_name(tmp_path, capsys):
+def test_pictures_with_nan_pixels_are_skipped_by_name(tmp_path, capsys):
     good = encoded(GRAY, "a.png")
     nan = np.zeros((32, 32), np.float32)
     nan[3, 3] = math.nan
@@ -288,7 +290,7 @@ def test_pixels_that_are_no_numbers_are_skipped_by_name(tmp_path, capsys):
 
 def test_one_line_says_what_was_read_and_what_was_skipped_and_why(tmp_path, capsys):
     good = encoded(GRAY, "a.png")
-    size = 2 * (20000).to_bytes(4, "big")  # 400 megapixels, which are not decoded
+    size = 2 * (20000).to_bytes(4, "big")  # 400 megapixels, which Pillow refuses to decode
     checksum = zlib.crc32(good[12:16] + size + good[24:29]).to_bytes(4, "big")
     huge = good[:16] + size + good[24:29] + checksum + good[33:]
     bad = {"bad.jpg": b"\x89PNG nothing", "half.png": good[:-40], "huge.png": huge}
@@ -302,7 +304,7 @@ def test_one_line_says_what_was_read_and_what_was_skipped_and_why(tmp_path, caps
     assert all(f"{name} (" in out for name in bad) and not any(name in out for name in other)
 
 
-def test_names_do_not_matter_but_in_out(tmp_path, capsys):
+def test_file_names_matter_only_in_out(tmp_path, capsys):
     good = encoded(GRAY, "a.png")
     ours = ["vae_samples.png", "ddpm_loss.png", "vae.pt", "ddpm.pt"]
     out = tmp_path / "out"
@@ -318,7 +320,7 @@ def test_names_do_not_matter_but_in_out(tmp_path, capsys):
 def test_hidden_files_and_folders_do_not_count(tmp_path, capsys):
     good = encoded(GRAY, "a.png")
     hidden = [".ipynb_checkpoints/a-checkpoint.png", ".a.png", "._a.png", "b/.git/c/d.png"]
-    folder = tmp_path / ".cache" / "pictures"  # unless the folder itself is hidden
+    folder = tmp_path / ".cache" / "pictures"  # a hidden folder above does not count
     assert len(pictures(folder, dict.fromkeys([*hidden, "a.png", "b/b.png"], good))) == 2
     assert "2 pictures read, 0 skipped, 0 other files" in capsys.readouterr().out
 
@@ -339,7 +341,8 @@ def test_links_are_followed_and_loops_end(tmp_path, capsys):
     assert len(pictures(folder, {})) == 4
     assert "4 pictures read, 1 skipped, 0 other files: gone.png (" in capsys.readouterr().out
     seen = [path.relative_to(folder) for path in common.find_pictures(folder, "")[0]]
-    assert Path("again/below/c.png") in seen  # the first by name, on any disk
+    # Followed under its first name in sorted order, on any disk.
+    assert Path("again/below/c.png") in seen
 
 
 def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch, capsys):
@@ -449,7 +452,7 @@ def test_latents(drawn):
         np.testing.assert_array_equal(points.get_offsets(), mu[y == label].detach())
         assert points.get_label() == str(label)
     assert [circle.radius for circle in axes.patches] == [1, 2]
-    common.plot_latent(mu, None, "", "")  # of a folder, which has no labels
+    common.plot_latent(mu, None, "", "")  # as for a folder without labels
     assert len(drawn.pop().collections) == 1
 
 
@@ -470,7 +473,7 @@ def test_a_gif_has_every_frame_and_holds_the_last(tmp_path, C):
     assert durations[-1] > 5 * max(durations[:-1])
 
 
-def test_more_rows_than_a_picture_can_be_high_become_longer(drawn):
+def test_rows_become_longer_if_a_picture_would_be_too_tall(drawn):
     common.plot_grid(torch.zeros(2000, 1, 400, 1), "", "")
     height, width, _ = drawn[0].images[0].get_array().shape
     assert height < 65000 and height * width > 2000 * 400
@@ -478,7 +481,7 @@ def test_more_rows_than_a_picture_can_be_high_become_longer(drawn):
 
 
 def every_picture(out):
-    """One of each kind, in the folder out -> {name: bytes}."""
+    """Draws one picture of each kind into the folder out -> {name: bytes}."""
     x = torch.linspace(0, 1, 64).view(4, 1, 4, 4)
     common.plot_grid(x, out / "grid.png", "a title")
     common.plot_rows({"a": x, "b": x}, out / "rows.png", "", notes={"b": "1234"})
@@ -515,7 +518,7 @@ def test_a_disk_that_is_full_when_pictures_are_drawn(tmp_path, monkeypatch):
 
 def test_titles():
     assert common.title({"data": "kmnist", "epochs": 2}) == "KMNIST, 2 epochs"
-    # a $ would begin a formula
+    # A $ would begin a formula.
     assert common.title({"data": "/my/$cats", "epochs": 3}) == r"\$cats, 3 epochs"
     latin = os.fsdecode(b"/my/caf\xe9")
     assert common.title({"data": latin, "epochs": 3}) == "caf?, 3 epochs"
@@ -524,10 +527,10 @@ def test_titles():
 # ---- what functions are given
 
 
-def test_a_wrong_value_is_named_with_what_is_possible():
-    common.check_choice("colour", "red", ("red", "blue"))
-    with pytest.raises(ValueError, match="colour .*red, blue.*'green'"):
-        common.check_choice("colour", "green", ("red", "blue"))
+def test_a_wrong_value_is_named_with_the_valid_ones():
+    common.check_choice("color", "red", ("red", "blue"))
+    with pytest.raises(ValueError, match="color .*red, blue.*'green'"):
+        common.check_choice("color", "green", ("red", "blue"))
     common.check_range("eta", 0, 0, 1)
     common.check_range("eta", 1, 0, 1)
     for value in -0.5, 1.5, math.nan:
@@ -552,7 +555,7 @@ def test_pick_device_picks_a_device_and_nothing_else(tmp_path, monkeypatch):
     assert common.pick_device("cpu") == CPU
     assert torch.tensor(1e-30) * 1e-10 > 0 and groups == []
     args = arguments(tmp_path / "a" / "b")
-    assert common.start(args) == CPU  # which does both
+    assert common.start(args) == CPU  # start, unlike pick_device, does both
     assert (torch.tensor(1e-30) * 1e-10 == 0) == can_flush and groups == ["gloo"]
     assert os.listdir(args.out) == []
 
@@ -565,14 +568,14 @@ def test_devices_that_are_not_there(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     refused(lambda: common.pick_device("auto"), "cuda:77")
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
-    refused(lambda: common.pick_device("auto"), "cuda:77")  # the faster of both
+    refused(lambda: common.pick_device("auto"), "cuda:77")  # cuda is preferred to mps
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     refused(lambda: common.pick_device("auto"), "--device mps")
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     assert common.pick_device("auto") == CPU
 
 
-def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
+def test_a_folder_that_cannot_be_written_to(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     args = arguments(tmp_path / "file" / "below")
     refused(lambda: common.start(args), "file", "--out")
@@ -610,7 +613,7 @@ def test_processes_share_a_batch_and_draw_their_own_numbers(monkeypatch):
 
 
 @torch.no_grad()
-def test_to_measure_the_precision_draws_no_random_numbers():
+def test_measuring_the_precision_draws_no_random_numbers():
     common.best_precision.cache_clear()
     state = torch.get_rng_state()
     assert common.best_precision(CPU) in common.PRECISIONS
@@ -650,7 +653,7 @@ def test_autocast_has_the_precision_that_is_given(monkeypatch):
 # ---- what is said
 
 
-def test_the_first_process_alone_speaks_and_bytes_of_a_name_are_no_error(monkeypatch, capsys):
+def test_only_the_first_process_prints_and_undecodable_names_are_no_error(monkeypatch, capsys):
     common.log({"epoch": 3, "loss": 1 / 3, "data": "mnist"})
     common.log(f"{os.fsdecode(bytes([99, 233]))}: read")
     assert capsys.readouterr().out == "epoch 3  loss 0.33333  data mnist\nc?: read\n"
@@ -728,7 +731,7 @@ def test_a_new_run_has_the_defaults_and_what_is_given(tmp_path, capsys):
     assert capsys.readouterr().out == ""
 
 
-def test_a_run_that_goes_on_has_the_settings_of_its_checkpoint(tmp_path, capsys):
+def test_a_resumed_run_has_the_settings_of_its_checkpoint(tmp_path, capsys):
     path = tmp_path / "vae.pt"
     kept = SETTINGS | {"lr": 0.25, "seed": 3, "shape": [1, 28, 28]}
     save(path, kept)
@@ -854,7 +857,7 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch, step, kind):
     assert os.listdir(tmp_path) == ["vae.pt"] and path.read_bytes() == before
 
 
-def test_what_is_not_finite_and_other_processes_are_not_saved(tmp_path, monkeypatch):
+def test_values_that_are_not_finite_are_not_saved(tmp_path, monkeypatch):
     path = tmp_path / "vae.pt"
     broken = nn.Linear(2, 1)
     broken.bias.data.fill_(math.nan)
@@ -866,7 +869,7 @@ def test_what_is_not_finite_and_other_processes_are_not_saved(tmp_path, monkeypa
     assert os.listdir(tmp_path) == []
 
 
-def test_what_is_damaged_or_foreign_is_refused_and_its_code_not_run(tmp_path):
+def test_damaged_or_foreign_files_are_refused_and_their_code_is_not_run(tmp_path):
     path = tmp_path / "vae.pt"
     trap = tmp_path / "trap"
     weight = save(path).weight.detach().numpy().tobytes()
@@ -875,7 +878,7 @@ def test_what_is_damaged_or_foreign_is_refused_and_its_code_not_run(tmp_path):
     for damaged in b"", whole[:100], whole[:-100], flipped:
         path.write_bytes(damaged)
         refused(lambda: common.load_checkpoint(path, "vae"), path, "damaged", "delete it")
-    # unpickled, it would leave a file
+    # If it were unpickled, it would leave a file.
     snare = type("", (), {"__reduce__": lambda _: (open, (str(trap), "w"))})()
     content = {"kind": "vae", "x": snare}
     torch.save(content, path)
@@ -895,7 +898,7 @@ def test_what_is_damaged_or_foreign_is_refused_and_its_code_not_run(tmp_path):
     assert trap.exists()
 
 
-def test_each_kind_of_file_that_is_no_checkpoint_has_its_own_words(tmp_path, monkeypatch):
+def test_each_kind_of_file_that_is_no_checkpoint_has_its_own_message(tmp_path, monkeypatch):
     path = tmp_path / "vae.pt"
     refused(lambda: common.load_checkpoint(path, "vae"), path, "no checkpoint", "train first")
     path.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12\n")
@@ -909,18 +912,18 @@ def test_each_kind_of_file_that_is_no_checkpoint_has_its_own_words(tmp_path, mon
     refused(lambda: common.load_checkpoint(path, "vae"), f"cannot read {path}", "Permission")
 
 
-def test_load_model_is_ready(tmp_path):
+def test_a_loaded_model_is_ready_to_sample(tmp_path):
     trained = save(tmp_path / "vae.pt")
     path = (tmp_path / "vae.pt").rename(tmp_path / "mine.pt")
     build = lambda settings: nn.Linear(1000, settings["epochs"] - 1)  # noqa: E731
     model = common.load_model(str(path), "vae", "model", CPU, build)
     assert torch.equal(model.weight, trained.weight)
-    assert model.settings == SETTINGS | {"epochs": 1}  # of 2, that is what it was trained
+    assert model.settings == SETTINGS | {"epochs": 1}  # the run has trained 1 of its 2 epochs
     assert not model.training and not model.weight.requires_grad
     refused(lambda: common.load_model(path, "ddpm", "model", CPU, build), path, "ddpm.py")
 
 
-def test_weights_that_do_not_fit_are_one_line(tmp_path):
+def test_weights_that_do_not_fit_give_a_one_line_error(tmp_path):
     path = tmp_path / "vae.pt"
     save(path)
 
@@ -1014,11 +1017,11 @@ def test_arguments(capsys):
     assert all(word in message for word in ("--seed", "'-1'", "0 to 1000000000"))
 
 
-def test_run_says_in_one_line_what_the_user_can_mend_and_leaves_bugs_alone(monkeypatch):
+def test_run_says_in_one_line_what_the_user_can_fix_and_leaves_bugs_alone(monkeypatch):
     def fail():
         raise error
 
-    assert issubclass(common.InputError, Exception)  # which a library's user catches
+    assert issubclass(common.InputError, Exception)  # so that users of the library can catch it
     for error in OSError("a"), RuntimeError("b"), torch.OutOfMemoryError("c"), MemoryError("d"):
         with pytest.raises(type(error), match=str(error)):
             common.run(fail)

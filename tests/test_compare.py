@@ -1,4 +1,4 @@
-"""compare.py: each measure on made data, by an oracle of its own; then the command line."""
+"""compare.py: each measure against an oracle of its own; then the command line."""
 
 import contextlib
 import importlib.util
@@ -33,7 +33,7 @@ def seeded():
 
 @pytest.fixture(scope="module")
 def mnist():
-    """All of MNIST in an order of our own: x_train, y_train, x_test, y_test."""
+    """All of MNIST, shuffled: x_train, y_train, x_test, y_test."""
     settings = Namespace(data="mnist", size=32, limit=None, seed=0)
     data = common.load_data(settings, compare.parse([]), CPU)
     train = torch.randperm(60000, generator=torch.Generator().manual_seed(1))
@@ -59,7 +59,7 @@ def test_frechet_of_normals_whose_covariances_do_not_commute():
     A = torch.tensor([[2, 1.2], [1.2, 1]], dtype=F64)
     B = torch.tensor([[1, -0.9], [-0.9, 3]], dtype=F64)
     assert (A @ B - B @ A).norm() > 1
-    # tr √(AB) of 2 x 2 is √(tr AB + 2 √det AB)
+    # For 2 x 2 matrices, tr √(AB) is √(tr AB + 2 √det AB).
     cross = ((A @ B).trace() + 2 * (A @ B).det().sqrt()).sqrt()
     expected = 25 + (A + B).trace() - 2 * cross
     a = gaussian([3.0, 0.0], A.tolist())
@@ -77,7 +77,7 @@ def test_frechet_of_equal_and_shifted_sets_and_of_dead_features():
     assert compare.frechet(a, b) == pytest.approx((2 - 1) ** 2 + 2**2, abs=1e-6)
 
 
-def test_nearest_and_coverage_by_all_pairs():
+def test_nearest_and_coverage_against_all_pairs():
     samples = torch.randn(700, 3)
     real = 2 * torch.randn(1100, 3)  # more than one part
     pairs = (real[:, None] - samples).norm(dim=2)
@@ -100,7 +100,7 @@ def blurred(x):
 
 @pytest.fixture(scope="module")
 def sets(mnist):
-    """3,000 digits to hold against, and 3,000 others with one fault each."""
+    """3,000 digits to compare with, and sets of 3,000 others, each with one fault."""
     x, y, *_ = mnist
     other = x[3000:6000]
     lost = x[6000:][(y[6000:] != 3) & (y[6000:] != 8)][:3000]
@@ -115,15 +115,16 @@ def sets(mnist):
     [
         ("none", 0.47, 0.53, False),
         ("none", 0.47, 0.53, True),
-        ("lost", 0.53, 0.62, False),  # at most 0.6: a fifth of the real ones give themselves away
+        # At most 0.6: only the real 3s and 8s, a fifth, can be recognized.
+        ("lost", 0.53, 0.62, False),
         ("shifted", 0.8, 1, False),
         ("blurred", 0.9, 1, False),
         ("gray", 0.9, 1, False),
         ("gray", 0.47, 0.53, True),
     ],
 )
-def test_the_two_sample_test_tells_what_it_should(sets, monkeypatch, fault, low, high, shape_only):
-    monkeypatch.setitem(compare.TRAINING, "critic", 80)
+def test_the_two_sample_test_detects_each_fault(sets, monkeypatch, fault, low, high, shape_only):
+    monkeypatch.setitem(compare.UPDATES, "critic", 80)
     real, faults = sets
     fake = faults[fault]
     if shape_only:
@@ -146,7 +147,7 @@ def test_images_by_shape_are_black_and_white():
 @pytest.fixture(scope="module")
 def yardstick(mnist):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(compare.TRAINING, "reader", 150)
+        patch.setitem(compare.UPDATES, "reader", 150)
         x_train, y_train, x_test, y_test = mnist
         return compare.Yardstick(x_train[:14000], y_train[:14000], x_test, y_test, 0, 1000)
 
@@ -164,11 +165,11 @@ def measured(yardstick, mnist):
         "noise": torch.randint(0, 256, other.shape).byte(),
     }
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(compare.TRAINING, "critic", 60)
+        patch.setitem(compare.UPDATES, "critic", 60)
         return {name: yardstick.measure(each)[0] for name, each in images.items()}
 
 
-def test_the_parts_of_the_yardstick_are_apart(yardstick, mnist):
+def test_the_parts_of_the_yardstick_are_disjoint(yardstick, mnist):
     def rows(part):
         return {each.numpy().tobytes() for each in part.flatten(1)}
 
@@ -203,18 +204,20 @@ def test_each_fault_is_caught_by_its_column(measured):
 
 
 @pytest.mark.parametrize("column", compare.RULES)
-def test_no_column_tells_better_than_the_critics(measured, column):
+def test_no_rule_tells_samples_from_real_better_than_the_critics(measured, column):
     rows = {**measured, compare.REAL: measured["real"]}
     found = compare.audit(rows)
     assert found["noise"]["degenerate"] > 0.85 and found[compare.REAL][column] == 0.5
     for name, rules in found.items():
-        # two standard errors of the share that 1,000 asked images give
+        # 0.03 is two standard errors of an accuracy on 1,000 held-out images.
         assert rows[name]["told from real"] > rules[column] - 0.03, name
 
 
-def test_the_critic_of_features_sees_what_that_of_pixels_does_not(yardstick, mnist, monkeypatch):
-    """Images of which one in three is replaced by what the reader is unsure about."""
-    monkeypatch.setitem(compare.TRAINING, "critic", 60)
+def test_the_critic_of_features_sees_what_the_reader_is_unsure_about(
+    yardstick, mnist, monkeypatch
+):
+    """Three in ten images are halves of two digits, of which the reader is often unsure."""
+    monkeypatch.setitem(compare.UPDATES, "critic", 60)
     x = mnist[0][20000:21000]
     halves = torch.cat([x[:500, :, :14], x[500:, :, 14:]], dim=2)  # upper and lower, of two digits
     images = torch.cat([x[:700], halves[:300]])[torch.randperm(1000)]
@@ -228,7 +231,7 @@ def test_the_critic_of_features_sees_what_that_of_pixels_does_not(yardstick, mni
 
 
 def every_level(n):
-    """Images (256, n, 1, 1) of one pixel for each bin, and the bins: each level in each bin."""
+    """One-pixel images (256, n, 1, 1) and their bins, with every level in every bin."""
     levels = torch.arange(256).byte().view(256, 1, 1, 1).expand(256, n, 1, 1)
     return levels, torch.arange(n).view(1, n, 1, 1).expand(256, n, 1, 1)
 
@@ -270,7 +273,7 @@ def test_the_histogram_comes_near_the_true_decoder(sigma, few):
     assert bits.shape == (50,)
     assert true < bits.mean().item() < true + (0.5 if few else 0.05)
     assert chosen == pytest.approx(bits.mean().item(), abs=0.02)
-    # Where the decoder knows more, finer bins pay; where less is counted, they cost.
+    # The more the decoder knows, the more finer bins pay off; with little data, they cost.
     assert (bins < 100) if few else (bins > 100 if sigma < 0.1 else bins <= 256)
 
 
@@ -325,14 +328,14 @@ class BlackAndWhite(torch.nn.Module):
 
     def forward(self, xt, t):
         a = self.alpha_bar[t].view(-1, 1, 1, 1).to(xt.dtype)
-        # the log odds of white are log 19 + 2 √ᾱ x_t / (1-ᾱ)
+        # The log odds of white are log 19 + 2 √ᾱ x_t / (1-ᾱ).
         x0_hat = 0.9 * torch.tanh(math.log(19) / 2 + a.sqrt() * xt / (1 - a))
         return (xt - a.sqrt() * x0_hat) / (1 - a).sqrt()
 
 
 @pytest.fixture(scope="module")
 def toy():
-    """A chain of 20 steps, images of black and white, and what is said of their bits."""
+    """A chain of 20 steps, black-and-white images, and what ddpm_bits says of them."""
     torch.manual_seed(0)
     model = ddpm.DDPM(BlackAndWhite(20), T=20, shape=SHAPE)
     model.settings = {"precision": "float32"}
@@ -344,12 +347,12 @@ def toy():
     return model, parts, rows, chains
 
 
-def test_the_parts_of_the_bound_and_the_whole_chain_are_one(toy):
+def test_the_parts_of_the_bound_add_up_to_the_whole_chain(toy):
     _, _, rows, chains = toy
     assert list(chains) == [1, 2, 5, 10, 20]
     whole = rows["DDPM"]["decoder"] + rows["DDPM"]["KL"]
     assert whole == pytest.approx(chains[20]["total"]) == rows["DDPM"]["total"]
-    assert rows["DDPM, the best of at most 20 steps"] == chains[20]
+    assert rows["DDPM, the best chain of at most 20 steps"] == chains[20]
     entropy = -(0.95 * math.log2(0.95) + 0.05 * math.log2(0.05))
     assert all(entropy - 0.03 < chain["total"] < 2 for chain in chains.values())
     by_13 = rows["DDPM, Ho's decoder (13)"]
@@ -361,7 +364,8 @@ def test_the_parts_of_the_bound_and_the_whole_chain_are_one(toy):
 def test_the_bound_is_that_of_ddpm_with_another_decoder_and_variance(toy, monkeypatch):
     model, parts, rows, _ = toy
     x0 = ddpm.to_model(parts["test"] / 255)
-    torch.manual_seed(0)  # first the errors, then those of the chosen ones, then L_0
+    # ddpm_bits draws in this order: errors of "test", errors of "chosen", L_0.
+    torch.manual_seed(0)
     errors = compare.x0_errors(model, x0)
     mse = compare.x0_errors(model, ddpm.to_model(parts["chosen"][:32] / 255)).mean(0) / 64
     monkeypatch.setattr(ddpm, "x0_error", lambda model, x0, t: errors[:, t])
@@ -373,7 +377,7 @@ def test_the_bound_is_that_of_ddpm_with_another_decoder_and_variance(toy, monkey
     for times in [20, 7, 0], model.times(5), model.times():
 
         def bits_with(factor, times=times):
-            """The KLs, each variance but that of L_0 being the best one times factor."""
+            """Bits of the KLs, with each variance but L_0's being factor times the best one."""
 
             def step(xt, t, s, x0_hat=None):
                 mean, variance = p_mean_variance(xt, t, s, x0_hat)
@@ -395,7 +399,7 @@ def test_the_bound_is_that_of_ddpm_with_another_decoder_and_variance(toy, monkey
 
 
 def test_the_best_chains_are_the_best_of_all_chains():
-    """Against every chain of T = 8, whose costs come from ddpm.kl_of_step."""
+    """Against every chain of T = 8, whose costs come from compare.chain_kl."""
     model = ddpm.DDPM(None, T=8, shape=SHAPE)
     mse = torch.cat([torch.zeros(1), torch.rand(8).sort().values / 10]).double()
     decoders = {1: 0.5, 3: 0.52, 5: 0.7, 8: 1.3}
@@ -449,7 +453,7 @@ def test_an_image_encoded_by_ddim_comes_back(steps, close):
     times = model.times(steps)
     x0 = 0.5 * torch.randn(20, 1, 4, 4, dtype=F64)
     xT = compare.ddim_encode(model, times, x0)
-    # the flow of normals is a scaling: from the variance of the first noisy image to that of x_T
+    # For normals the flow is a scaling, from the first noisy image's spread to x_T's.
     noisy = alpha_bar[[times[-2], times[0]]]
     first, last = noisy * 0.25 + 1 - noisy
     torch.testing.assert_close(xT, x0 * (last / first).sqrt(), rtol=close, atol=0)
@@ -489,7 +493,7 @@ def test_the_columns_about_training():
     layers = ((784, 512), (512, 256), (256, 4), (2, 256), (256, 512), (512, 784))
     assert row["multiply-adds"] == sum(i * o for i, o in layers)
     assert row["parameters"] == sum(i * o + o for i, o in layers)
-    # without a curve, or where the last excess is within the noise, there is no aim
+    # Without a curve, or if the last excess is within the noise, there is no target.
     for last in {}, {"excess": -0.3}:
         history = [{"epoch": 1, "seconds": 8.0, **last}]
         row = compare.training_numbers(model, history, [{"seconds": 1.0}], 100)
@@ -597,7 +601,7 @@ def test_what_takes_longer(d, v, expected):
 
 
 def rows_of(d, v):
-    """Rows of a DDPM and both VAEs that have the same value in every column, and real digits."""
+    """Rows with one value in every column: d for the DDPM, v for the VAEs, 0.5 for real digits."""
     rows = {}
     for name, value in {"DDPM": d, "2-D VAE": v, "conv VAE": v, compare.REAL: 0.5}.items():
         rows[name] = dict.fromkeys([*compare.SAMPLES, "bits/dim"], value)
@@ -624,7 +628,7 @@ def test_claims():
     found = verdicts(rows, 5, 1)
     assert found == [no, no, "holds", times.format("holds"), "holds", no]
     rows = rows_of(0.9, 1.0)
-    rows["DDPM"]["by shape alone"] = 1.08  # what is won here is lost there
+    rows["DDPM"]["by shape alone"] = 1.08  # an advantage in one column, lost in the other
     assert verdicts(rows, 1, 1)[0] == f"{no}, close"
     for coverage, off, expected in (
         (0.3, 0.5, "holds"),
@@ -648,7 +652,7 @@ def test_the_samplers_are_those_of_ddpm_from_the_same_noise(monkeypatch):
     assert n == 12 and list(rows)[-1] == "Ho's, 60" and list(distances) == list(compare.SAMPLERS)
     torch.manual_seed(3)
     xT = torch.randn(12, *SHAPE)
-    *_, (_, x0, _) = model.trajectory(xT, model.times(10), eta=0)  # draws nothing
+    *_, (_, x0, _) = model.trajectory(xT, model.times(10), eta=0)  # draws no random numbers
     images = (255 * ddpm.to_image(x0)).round()
     assert distances["DDIM"][10] == pytest.approx(images.mean().item(), rel=1e-4)
     torch.testing.assert_close(255 * rows["DDIM, 10"], images[:10], rtol=0, atol=1)
@@ -667,7 +671,7 @@ def flags(out, folder, *more):
 
 @pytest.fixture(scope="module", autouse=True)
 def small():
-    """Everything real but the sizes, and a chain of 60 steps."""
+    """Everything is real except the sizes; the chain has 60 steps."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(ddpm.SETTINGS, "T", 60)
         patch.setitem(ddpm.RECIPES["short"], "width", 8)
@@ -680,7 +684,7 @@ def compared(tmp_path_factory, digits):
     """The folder of a comparison of models of one epoch, and what it printed."""
     out = tmp_path_factory.mktemp("compared")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compare, "TRAINING", {"reader": 40, "critic": 5})
+        patch.setattr(compare, "UPDATES", {"reader": 40, "critic": 5})
         with contextlib.redirect_stdout(io.StringIO()) as said:
             compare.main(flags(out, digits, "--epochs", "1", "--seed", "7"))
         yield out, said.getvalue()
@@ -721,7 +725,7 @@ def test_the_results_are_complete_and_finite(results):
     chains = results["chains"]
     assert list(chains) == ["1", "2", "5", "10", "20", "50", "60"]
     assert chains["60"]["times"] == list(range(60, -1, -1))
-    assert results["bits"]["DDPM, the best of at most 20 steps"] == chains["20"]
+    assert results["bits"]["DDPM, the best chain of at most 20 steps"] == chains["20"]
     assert list(results["samplers"]["DDIM"]) == ["5", "10", "20", "50"]
 
 
@@ -745,7 +749,7 @@ def test_the_report_has_every_table_and_picture(compared, results):
 
 @pytest.fixture
 def copied(compared, tmp_path, monkeypatch):
-    """A folder with the three checkpoints alone; no pictures are drawn."""
+    """A folder with only the three checkpoints.  No pictures are drawn."""
     for path in compared[0].rglob("*.pt"):
         new = tmp_path / path.relative_to(compared[0])
         new.parent.mkdir(exist_ok=True)
@@ -762,14 +766,14 @@ def test_a_second_comparison_trains_nothing(results, copied, digits, monkeypatch
     monkeypatch.setattr(torch.optim, "Adam", lambda *_, **__: pytest.fail("trained"))
     compare.main(["--device", "cpu", "--data-dir", str(digits), "--out", str(copied)])
     again = json.loads((copied / "results.json").read_text(encoding="utf-8"))
-    for each in again, results:  # sampling takes other times
+    for each in again, results:  # times differ from run to run
         del each["seconds"], each["date"]
         for name in compare.RUNS:
             del each["rows"][name]["ms per sample"]
     assert again == results
 
 
-def test_the_scripts_go_on_in_the_same_folder(copied, digits, monkeypatch, capsys):
+def test_the_scripts_resume_in_the_same_folder(copied, digits, monkeypatch, capsys):
     monkeypatch.setattr(ddpm, "load", lambda *_: "finished")
     for script in vae, ddpm:
         script.main(["--device", "cpu", "--data-dir", str(digits), "--out", str(copied)])
@@ -797,7 +801,7 @@ FILES = [file for _, file, _ in compare.RUNS.values()]
 @pytest.mark.parametrize("file", FILES)
 def test_an_edited_script_is_refused_in_one_line(copied, digits, monkeypatch, file):
     monkeypatch.setattr(compare, "Yardstick", lambda *_: pytest.fail("went on"))
-    # Its recipe and settings may be what the script of now does not know.
+    # The present script may not know the old one's recipe and settings.
     settings = {"recipe": "mine"} if file == "ddpm.pt" else {"temperature": 1}
     rewrite(copied / file, code="another", settings=settings)
     for more in [], ["--epochs", "1"]:
@@ -807,7 +811,7 @@ def test_an_edited_script_is_refused_in_one_line(copied, digits, monkeypatch, fi
         assert "--fresh" in line
 
 
-def test_an_edited_comparison_goes_on_with_the_models(copied, digits, tmp_path):
+def test_an_edited_comparison_still_uses_the_models(copied, digits, tmp_path):
     source = Path(compare.__file__).read_text(encoding="utf-8")
     edited = tmp_path / "edited.py"
     edited.write_text(source.replace("COUNTED = 20000", "COUNTED = 10000"), encoding="utf-8")
@@ -841,7 +845,7 @@ def test_fresh_trains_all_models_anew(copied, digits):
         torch.testing.assert_close(saved["model"], expected["model"], rtol=0, atol=0)
         assert model.settings == saved["settings"] == expected["settings"]
         assert saved["settings"]["seed"] == 8 and saved["code"] == expected["code"]
-    args = compare.parse(flags(copied, digits))  # and without it one goes on with them
+    args = compare.parse(flags(copied, digits))  # without --fresh, the models are used as they are
     for name, run in compare.open_runs(args, CPU).items():
         compare.trained(name, run, CPU, lambda *_: pytest.fail("trained"))
 
@@ -930,7 +934,7 @@ def test_the_epochs_of_the_vaes(tmp_path, more, epochs):
     assert not list(tmp_path.iterdir())
 
 
-def test_what_is_left_open_is_as_in_the_checkpoints(copied):
+def test_flags_left_out_are_taken_from_the_checkpoints(copied):
     (copied / "ddpm.pt").unlink()
     (copied / "conv/vae.pt").unlink()
     other = {"float32": "bfloat16", "bfloat16": "float32"}[common.best_precision(CPU)]
@@ -943,7 +947,7 @@ def test_what_is_left_open_is_as_in_the_checkpoints(copied):
     assert runs["DDPM"].epochs == ddpm.RECIPES["short"]["epochs"]
 
 
-def test_the_recipe_that_is_left_open_is_that_of_the_ddpm(copied):
+def test_a_recipe_left_out_is_that_of_the_ddpm(copied):
     (copied / "vae.pt").unlink()
     (copied / "conv/vae.pt").unlink()
     change(copied / "ddpm.pt", recipe="paper", epochs=4, lr=0.002, T=40)
@@ -952,11 +956,11 @@ def test_the_recipe_that_is_left_open_is_that_of_the_ddpm(copied):
     settings, saved = common.find_run(run, copied / "ddpm.pt", {}, ddpm.CODE)
     assert (run.recipe, run.epochs, settings.lr, settings.T) == ("paper", 4, 0.002, 40)
     assert len(saved["history"]) == 1
-    for name in compare.VAES:  # the paper's recipe has them trained for the report's 100 epochs
+    for name in compare.VAES:  # with the recipe "paper", they have the course report's 100 epochs
         assert runs[name].epochs == 100 and runs[name].seed == 7
 
 
-def test_more_epochs_go_on_where_a_comparison_was_stopped(copied, digits):
+def test_more_epochs_resume_where_a_comparison_was_stopped(copied, digits):
     args = compare.parse(flags(copied, digits, "--epochs", "2"))
     first, *_, last = compare.open_runs(args, CPU).items()
     compare.trained(*first, CPU, lambda *_: {"frechet": 1.5})  # and here it is stopped
@@ -968,7 +972,7 @@ def test_more_epochs_go_on_where_a_comparison_was_stopped(copied, digits):
     assert [row["epoch"] for row in history] == [1, 2]
 
 
-def test_an_unfinished_model_is_gone_on_with(copied, digits):
+def test_an_unfinished_model_is_resumed(copied, digits):
     change(copied / "vae.pt", epochs=2)
     args = compare.parse(flags(copied, digits))
     run = compare.open_runs(args, CPU)["2-D VAE"]

@@ -1,4 +1,4 @@
-"""The DDPM against oracles that share no code with it; then its training and its command."""
+"""The DDPM against oracles that share little code with it; its training, its command line."""
 
 import copy
 import itertools
@@ -41,12 +41,12 @@ def seeded():
 
 
 def close(actual, expected, rtol=1e-10, atol=1e-12):
-    """Equal to the rounding of float64, unless told otherwise."""
+    """Asserts equality up to float64's rounding, unless told otherwise."""
     actual, expected = (torch.as_tensor(x, dtype=F64) for x in (actual, expected))
     torch.testing.assert_close(actual, expected, rtol=rtol, atol=atol)
 
 
-SINGLE = {"rtol": 1e-6, "atol": 1e-6}  # where each image has its own t: tables of float32
+SINGLE = {"rtol": 1e-6, "atol": 1e-6}  # for one t per image, whose tables are float32
 
 
 def column(table):
@@ -82,7 +82,7 @@ def k():
 
 
 def mean_of(k, eps):
-    """μ̃ of ε, μ_θ of ε_θ.  Report (68) and (72)"""
+    """μ̃ from ε, or μ_θ from ε_θ.  Course report, (68) and (72)"""
     return (k.xt - k.beta / k.noise * eps) / (1 - k.beta).sqrt()
 
 
@@ -99,7 +99,7 @@ def wrong(xt, t, T):
 
 
 def spied(variance="beta", T=12, clip=False):
-    """A chain whose network is wrong; what the network saw."""
+    """A chain whose network is wrong, and a list of what the network saw."""
     seen = []
 
     def net(xt, t):
@@ -176,7 +176,7 @@ def test_a_table_can_be_a_list_an_array_or_a_tensor(kind):
         (0.5, r"table .*not of shape \(\)"),
     ],
 )
-def test_what_is_no_table_of_alpha_bar_is_refused(table, words):
+def test_an_invalid_table_of_alpha_bar_is_refused(table, words):
     with pytest.raises(ValueError, match=words):
         DDPM(None, schedule=table)
 
@@ -192,7 +192,7 @@ def test_q_sample_is_the_chain_run_step_by_step():
     for t in range(1, T + 1):
         x = (1 - beta[t]).sqrt() * x + beta[t].sqrt() * torch.randn_like(x)  # Ho (2)
         xt = DDPM(None, T).q_sample(x0, torch.full((n,), t), torch.randn_like(x0))
-        assert abs(xt.mean() - x.mean()) < 5 * x.std() * math.sqrt(2 / n)  # standard errors
+        assert abs(xt.mean() - x.mean()) < 5 * x.std() * math.sqrt(2 / n)  # five standard errors
         assert abs(xt.var() / x.var() - 1) < 5 * math.sqrt(4 / n)
 
 
@@ -327,7 +327,7 @@ def test_each_step_is_that_of_song_12_and_16(steps, eta, clip):
 
 
 def check_loss(k, error, weighting, variance="posterior"):
-    """The loss is the mean of `error`, for the ε_θ = ε̂ that is wrong."""
+    """Asserts that the loss is the mean of `error`, for a network that gives the wrong ε̂."""
 
     def net(xt, t):
         close(xt, k.xt, **SINGLE)
@@ -347,9 +347,9 @@ def test_loss_simple_is_the_error_of_eps(k):
 
 
 @BOTH_VARIANCES
-def test_loss_bound_is_the_kl_divergence_of_two_means(k, variance):
+def test_loss_bound_is_the_kl_divergence_of_two_normals(k, variance):
     sigma2 = variances(variance, 1000)
-    sigma2[0] = sigma2[0] or sigma2[1]  # β̃_1 = 0 would be no decoder: β̃_2
+    sigma2[0] = sigma2[0] or sigma2[1]  # β̃_1 = 0 would leave no decoder, so it is β̃_2
     q, p = (Normal(mean_of(k, eps), column(sigma2.sqrt())) for eps in (k.eps, k.eps_hat))
     check_loss(k, kl_divergence(q, p), "bound", variance)  # Ho (12) without its constant
 
@@ -380,7 +380,7 @@ def test_the_loss_draws_t_uniformly_and_its_own_noise():
     assert abs(eps.mean()) < 0.009 and abs(eps.std() - 1) < 0.006  # five standard errors
 
 
-def test_focused_times_have_the_distribution_that_is_said():
+def test_focused_times_have_the_documented_distribution():
     n, T = 20000, 1000
     t = ddpm.draw_t(n, T, "focused")
     assert t.dtype == torch.int64 and t.min() == 1 and t.max() <= T
@@ -430,14 +430,16 @@ def test_vlb_terms_are_the_kl_divergences_of_the_steps(steps, clip, variance):
         else:
             of_x1 = alpha.sqrt() * (1 - a[s]) / (1 - a[t])
             first = x0_hat + of_x1 * xt
-    if variance == "posterior":  # of β̃_1 = 0: that of the step before, or of q(x_T|x_0)
+    # In place of β̃_1 = 0: that of the next larger t, or that of q(x_T|x_0).
+    if variance == "posterior":
         sigma2[times[-2]] = sigma2[times[-3]] if len(times) > 2 else 1 - a[-1]
     close(terms[:, 0], discretized(x0, first, sigma2[times[-2]]), rtol=1e-8)
     L_T = kl_divergence(Normal(a[-1].sqrt() * x0, (1 - a[-1]).sqrt()), Normal(0.0, 1.0))
-    close(terms[:, -1], L_T.flatten(1).sum(1), rtol=1e-7)  # the oracle cancels
+    # The oracle loses digits by cancellation.
+    close(terms[:, -1], L_T.flatten(1).sum(1), rtol=1e-7)
     if steps is None:
         torch.manual_seed(2)
-        assert torch.equal(model.vlb_terms(x0), terms)  # by all times
+        assert torch.equal(model.vlb_terms(x0), terms)  # all times are the default
 
 
 @pytest.mark.parametrize("mean", [-1.5, -1.0, -0.999, 0.0, 0.3, 1.0, 1.5])
@@ -455,7 +457,8 @@ def test_a_level_has_the_mass_between_its_edges():
     high = torch.where(x0 > 0.999, 1.0, normal.cdf(x0 + 1 / 255))
     low = torch.where(x0 < -0.999, 0.0, normal.cdf(x0 - 1 / 255))
     mass = (high - low).log().flatten(1).sum(1)
-    close(ddpm.log_discretized_normal(x0, mean, sigma), mass, rtol=1e-6)  # the oracle's digits
+    # The oracle has no more digits.
+    close(ddpm.log_discretized_normal(x0, mean, sigma), mass, rtol=1e-6)
 
 
 # ---- data whose best network is known: each pixel ~ N(0, S²)
@@ -488,7 +491,7 @@ def gaussian(variance):
     return DDPM(net, T=200, variance=variance, clip=False, shape=TINY)
 
 
-def test_the_bound_is_exact_and_gains_from_steps():
+def test_the_bound_is_exact_and_improves_with_more_steps():
     x0, gaps = S * torch.randn(COUNT, *TINY, dtype=F64), {"beta": [], "posterior": []}
     truth = math.log(2 * math.pi * math.e * S**2) / 2  # E[-log p(x_0)]
     for steps, variance in itertools.product((2, 5, 20, 200), gaps):
@@ -496,13 +499,14 @@ def test_the_bound_is_exact_and_gains_from_steps():
         times = model.times(steps)
         a = linear(200)[1][times[::-1]]
         L, L_0 = closed_form(a, variance)
-        # but for column 0, which is for 8-bit pixels: here L_0 is of a density
+        # Without column 0, which is for 8-bit pixels, while L_0 here is that of a density.
         terms = model.vlb_terms(x0, times)[:, 1:].mean(0) / 16
         close(terms[:-1], L, rtol=0.02)
         close(terms[-1], (a[-1] * S**2 - a[-1] - torch.log1p(-a[-1])) / 2, rtol=0.02)  # E L_T
         gaps[variance].append((terms.sum() + L_0).item() - truth)
     assert min(gaps["beta"] + gaps["posterior"]) > 0.01
-    assert gaps["beta"] == sorted(gaps["beta"], reverse=True)  # not so β̃_2 at t = 1
+    # Does not hold for "posterior", with β̃_2 at t = 1.
+    assert gaps["beta"] == sorted(gaps["beta"], reverse=True)
 
 
 def test_samples_have_nearly_the_spread_of_the_data():
@@ -520,7 +524,7 @@ def test_samples_have_nearly_the_spread_of_the_data():
 def test_the_sampler_is_algorithm_2_line_by_line(variance):
     model, seen = spied(variance)
     beta, alpha_bar = linear(12)
-    near = {"rtol": 1e-5, "atol": 1e-6}  # at ᾱ_T = 1e-8 the way over x̂_0 loses half the digits
+    near = {"rtol": 1e-5, "atol": 1e-6}  # at ᾱ_T = 1e-8, going through x̂_0 loses half the digits
     x = torch.randn(2, *TINY, dtype=F64)  # line 1
     torch.manual_seed(3)
     ours = list(model.trajectory(x, model.times()))
@@ -532,7 +536,7 @@ def test_the_sampler_is_algorithm_2_line_by_line(variance):
         eps = wrong(x, t, 12)
         noise = (1 - alpha_bar[t]).sqrt()
         close(x0_hat, (x - noise * eps) / alpha_bar[t].sqrt(), **near)
-        z = torch.randn_like(x) if t > 1 else 0  # line 3: also where σ_1² = β_1
+        z = torch.randn_like(x) if t > 1 else 0  # line 3: none at t = 1, even where σ_1² = β_1
         mean = (x - beta[t] / noise * eps) / (1 - beta[t]).sqrt()
         x = mean + variances(variance, 12)[t - 1].sqrt() * z  # line 4
     close(ours[-1][1], x, **near)  # line 6
@@ -601,7 +605,7 @@ def test_sample_takes_one_evaluation_a_step(steps, eta, expected):
     close(x, (x0 / 2 + 0.5).clamp(0, 1), rtol=1e-6, atol=1e-6)
 
 
-def test_sample_many_draws_every_image_by_20_steps_of_second_order():
+def test_sample_many_draws_every_image_in_20_second_order_steps():
     model, seen = spied(T=60)
     x = ddpm.sample_many(model, 1003)
     assert x.shape == (1003, *TINY) and x.unique(dim=0).shape == x.shape
@@ -661,13 +665,15 @@ def test_unet_sees_t_and_all_of_the_image(unet):
     assert all((v[i] - v[j]).abs().max() > 1e-3 for i in range(4) for j in range(i))
     x.requires_grad_()
     (gradient,) = torch.autograd.grad(net(x, t)[:, :, 13, 9].sum(), x)
-    assert (gradient != 0).all()  # of one pixel of the output, by every pixel of the input
+    assert (gradient != 0).all()  # one output pixel depends on every input pixel
 
 
 def test_unet_knows_nothing_of_alpha_bar():
     net = ddpm.UNet(3, 1, width=4)
     assert not list(net.buffers())
-    assert not any(isinstance(value, torch.Tensor) for m in net.modules() for value in vars(m))
+    assert not any(
+        isinstance(value, torch.Tensor) for m in net.modules() for value in vars(m).values()
+    )
     x = torch.randn(2, 3, 8, 8)
     assert net(x, torch.tensor([1, 5000])).shape == (2, 1, 8, 8)  # any t will do
 
@@ -692,7 +698,7 @@ def test_preconditioned_turns_v_into_eps(k):
     ((x, t),) = asked
     assert x.shape == (1000, 3, 4, 4) and torch.equal(t, k.t)
     exact = preconditioned(k, lambda *_: k.signal * k.eps - k.noise * k.x0)
-    close(exact, k.eps, **SINGLE)  # of the right v
+    close(exact, k.eps, **SINGLE)  # with the right v
 
 
 def test_preconditioned_shows_the_noise_of_a_black_and_of_a_white_pixel(k):
@@ -756,7 +762,7 @@ def test_an_mlp_of_ten_lines_trains_and_samples(digits):
         optimizer.step()
         losses.append(loss.item())
     first, last = sum(losses[:10]) / 10, sum(losses[-10:]) / 10
-    assert last < 0.8 * min(first, 1)  # a guess at no noise at all has 1
+    assert last < 0.8 * min(first, 1)  # guessing no noise at all gives 1
     x = model.sample(4, steps=5)
     assert x.shape == (4, 1, 28, 28) and x.min() >= 0 and x.max() <= 1  # and nothing is nan
 
@@ -850,7 +856,7 @@ def test_the_learning_rate_rises_for_a_fiftieth_and_falls_to_0():
 
 
 def test_the_average_is_over_about_the_last_twentieth():
-    """After n updates weights have the factors C k^19 or nearly: k/n is 20/21 on average."""
+    """After n updates, the k-th weights have about the factor C k^19; k/n averages 20/21."""
     n = 400
     model, average = nn.Linear(n, 1).double(), nn.Linear(n, 1).double().requires_grad_(False)
     for step in range(n):  # weights that say which update they come from
@@ -863,7 +869,7 @@ def test_the_average_is_over_about_the_last_twentieth():
         expected.append(float(each * kept))
         kept *= 1 - each
     close(factors, expected[::-1], atol=1e-15)
-    assert kept == 0 and factors.sum().item() == pytest.approx(1)  # nothing of the start
+    assert kept == 0 and factors.sum().item() == pytest.approx(1)  # nothing is left of the start
     assert (factors @ torch.arange(1.0, n + 1).double()).item() / n == pytest.approx(20 / 21, 0.01)
 
 
@@ -889,7 +895,7 @@ def digits_of(folder):
 
 @pytest.fixture(scope="module")
 def trained(digits, tmp_path_factory):
-    """An undisturbed run's folder."""
+    """The folder of a run that was never stopped."""
     out = tmp_path_factory.mktemp("run") / "out"
     ddpm.main(flags(digits, out))
     return out
@@ -926,7 +932,7 @@ def test_the_test_loss_is_of_all_images_and_averaged_weights(trained, digits):
 
 @pytest.mark.parametrize("recipe, times", [("short", "focused"), ("paper", "uniform")])
 def test_training_is_algorithm_1(digits, tmp_path, recipe, times):
-    """Two epochs of 27 steps, with a decaying rate and an average: the same to rounding."""
+    """Two epochs of 27 steps, with a decaying rate and an average: equal up to rounding."""
     more = "--seed 3 --batch-size 11 --T 100 --lr 5e-3 --schedule linear --epochs 2"
     result, history = train(digits, tmp_path, f"{more} --recipe {recipe}")
     saved = checkpoint(tmp_path)
@@ -1025,7 +1031,7 @@ def test_build_makes_what_the_settings_say():
 
 
 @pytest.mark.parametrize("kind, recipe", [("cuda", "paper"), ("cpu", "short"), ("mps", "short")])
-def test_the_paper_is_the_recipe_of_a_gpu(monkeypatch, kind, recipe):
+def test_paper_is_the_default_recipe_on_a_gpu(monkeypatch, kind, recipe):
     monkeypatch.setattr(common, "best_precision", lambda device: "float32")
     found = ddpm.defaults(ddpm.parse([]), torch.device(kind))
     assert found["recipe"] == recipe
@@ -1041,7 +1047,7 @@ def test_the_first_line_says_what_is_minimized(digits, tmp_path, capsys):
         assert second.startswith("DDPM on cpu  updates per epoch 1  ")
 
 
-def test_a_batch_is_at_most_the_data_and_watch_adds_a_column(digits, tmp_path):
+def test_a_batch_is_at_most_the_data_set_and_watch_adds_a_column(digits, tmp_path):
     seen = []
     watch = lambda *given: seen.append(given) or {"n": 5}  # noqa: E731
     model, _ = train(digits, tmp_path, "--limit 50 --batch-size 999", watch)
@@ -1060,7 +1066,7 @@ COMMITTED_LOSS = 0.02054  # of the run of 100 epochs, on 600 test digits
 COMMITTED_ELBO = 139.4  # nats
 
 
-def test_the_committed_weights_are_of_the_long_run(digits):
+def test_the_committed_weights_are_from_the_long_run(digits):
     paths = [REPO / "pretrained" / name for name in ("ddpm.pt", "vae.pt")]
     assert sum(path.stat().st_size for path in paths) < 6e6
     model, autoencoder = ddpm.load(paths[0]), vae.load(paths[1])
@@ -1076,7 +1082,7 @@ def test_the_committed_weights_are_of_the_long_run(digits):
 
 
 def same_end(out, other):
-    """Both runs ended with the same bits: weights, their average, optimizer, history."""
+    """Asserts that both runs ended bit for bit alike: weights, average, optimizer, history."""
     a, b = checkpoint(out), checkpoint(other)
     for row in a["history"] + b["history"]:
         row["seconds"] = 0
@@ -1085,7 +1091,7 @@ def same_end(out, other):
     torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
-def test_a_killed_run_goes_on_to_the_same_bits(trained, digits, tmp_path, capsys):
+def test_a_killed_run_resumes_bit_for_bit(trained, digits, tmp_path, capsys):
     command = [sys.executable, str(REPO / "ddpm.py"), *flags(digits, tmp_path)]
     one_thread = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     with subprocess.Popen(command, env=one_thread, stdout=subprocess.PIPE, text=True) as child:
@@ -1112,7 +1118,7 @@ def at_step(patch, number, action):
     patch.setattr(DDPM, "forward", forward)
 
 
-def test_after_ctrl_c_it_goes_on_to_the_same_bits(digits, tmp_path, monkeypatch, capsys):
+def test_after_ctrl_c_it_resumes_bit_for_bit(digits, tmp_path, monkeypatch, capsys):
     def interrupt(loss):
         raise KeyboardInterrupt
 
@@ -1150,7 +1156,7 @@ def test_a_finished_run_draws_again(finished, digits, capsys):
     ["recipe short paper", "weighting v mu", "width 8 9", "T 8 9", "schedule cosine linear"]
     + ["epochs 3 2", "batch_size 16 17", "lr 0.004 0.5", "limit 300 301", "data mnist kmnist"],
 )
-def test_a_contradicting_flag_is_one_line(finished, change):
+def test_a_contradicting_flag_gives_a_one_line_error(finished, change):
     name, value, other = change.split()
     flag = "--" + name.replace("_", "-")
     for more in f"{flag}={other}", f"{flag}={other} --sample=4":
@@ -1161,7 +1167,7 @@ def test_a_contradicting_flag_is_one_line(finished, change):
         assert ("--fresh" in str(stop.value)) == ("--sample" not in more)  # which never trains
 
 
-def test_a_seed_contradicts_a_run_but_not_its_samples(finished, digits):
+def test_another_seed_contradicts_a_run(finished, digits):
     with pytest.raises(common.InputError, match="has seed 0, not 1"):
         ddpm.main(flags(digits, finished.parent, "--seed", 1))
 
@@ -1185,7 +1191,7 @@ def test_sample_draws_from_the_checkpoint(finished, monkeypatch):
     assert torch.equal(others[1], model.sample(12, 3, eta=0.0, order=2))
 
 
-def test_more_steps_than_there_are_is_one_line(finished, digits, tmp_path):
+def test_more_steps_than_T_give_a_one_line_error(finished, digits, tmp_path):
     words = "--steps 9 exceeds T = 8"
     with pytest.raises(common.InputError, match=words):
         ddpm.main(f"--out {finished.parent} --device cpu --sample 12 --steps 9".split())
@@ -1208,8 +1214,8 @@ def test_a_diverging_run_ends_before_it_is_saved(digits, tmp_path, monkeypatch):
     + ["--data cifar", "--size 7", "--resume", "--sigma beta", "--load x.pt", "--fresh --sample 3"]
     + ["--seed -1", "--limit 0", "--precision half"],
 )
-def test_bad_input_is_one_line(tmp_path, capsys, monkeypatch, wrong):
-    monkeypatch.delattr(DDPM, "forward")  # no long work comes first
+def test_bad_input_gives_a_one_line_error(tmp_path, capsys, monkeypatch, wrong):
+    monkeypatch.delattr(DDPM, "forward")  # so that no training can come first
     with pytest.raises(SystemExit) as stop:
         common.run(lambda: ddpm.main(["--out", str(tmp_path / "out"), *wrong.split()]))
     message = capsys.readouterr().err or str(stop.value)

@@ -64,7 +64,7 @@ def command(script, *flags):
 
 
 def popen(words, **options):
-    """A process in a folder of its own, with its output in pipes."""
+    """Starts a process with its output in pipes."""
     env = os.environ | {"OMP_NUM_THREADS": "1"} | options.pop("env", {})
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(words, env=env, **pipes | options)
@@ -80,7 +80,7 @@ def finish(process):
 
 
 def fails(script, *flags):
-    """The script, in this process, ends with one line, which is returned."""
+    """Runs the script in this process, which must end with a one-line error -> that line."""
     with pytest.raises(SystemExit) as end:
         common.run(lambda: script.main([str(flag) for flag in flags]))
     assert isinstance(end.value.code, str) and end.value.code.startswith("error: ")
@@ -162,7 +162,7 @@ def test_a_launchers_variables_and_a_users_style_change_nothing(background, tmp_
 
 
 @posix
-def test_a_reader_that_goes_away_is_one_line_and_the_checkpoint_is_kept(flags, tmp_path):
+def test_a_closed_pipe_gives_a_one_line_error_and_keeps_the_checkpoint(flags, tmp_path):
     words = command(vae, *flags, "--out", tmp_path, "--epochs", "30")
     with open(tmp_path / "log", "w") as log:
         process = popen(words, stderr=log)
@@ -192,7 +192,7 @@ def test_two_first_runs_at_once_read_what_is_there_and_unpack_nothing(flags, tmp
 
 
 @pytest.mark.parametrize("script", [common, *SCRIPTS])
-def test_no_check_is_an_assertion_which_python_can_leave_out(script):
+def test_no_check_relies_on_assert(script):
     tree = ast.parse(Path(script.__file__).read_text(encoding="utf-8"))
     assert not any(isinstance(node, ast.Assert) for node in ast.walk(tree))
 
@@ -208,7 +208,7 @@ def test_a_browser_may_have_unpacked_the_files(flags, digits, tmp_path):
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_an_empty_name_is_no_folder(script, flags, tmp_path, monkeypatch, capsys):
+def test_an_empty_path_is_refused(script, flags, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for flag in "--data", "--out", "--data-dir", "--load":
         with pytest.raises(SystemExit, match="2"):
@@ -343,7 +343,7 @@ def test_a_disk_that_fills_up_while_pictures_are_drawn(script, flags, tmp_path, 
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_a_sample_from_a_folder_that_is_left_alone(script, flags, tmp_path, monkeypatch):
+def test_sampling_leaves_the_checkpoints_folder_alone(script, flags, tmp_path, monkeypatch):
     name = script.__name__
     kept = tmp_path / "kept"
     script.main([*flags, *SMALL[script], "--out", str(kept)])
@@ -364,7 +364,7 @@ def test_a_sample_from_a_folder_that_is_left_alone(script, flags, tmp_path, monk
     assert "--load" in fails(script, *flags, "--load", kept / "model.pt", "--out", tmp_path)
 
 
-def test_more_steps_than_there_are(flags, tmp_path):
+def test_more_steps_than_T_are_refused(flags, tmp_path):
     line = fails(ddpm, *flags, "--width", "4", "--steps", "2000", "--out", tmp_path)
     assert "--steps 2000" in line and "T = 1000" in line and os.listdir(tmp_path) == []
     ddpm.main([*flags, *SMALL[ddpm], "--steps", "4", "--out", str(tmp_path)])
@@ -374,7 +374,7 @@ def test_more_steps_than_there_are(flags, tmp_path):
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_a_file_that_is_no_checkpoint_has_words_of_its_own(script, flags, tmp_path):
+def test_a_file_that_is_no_checkpoint_has_a_message_of_its_own(script, flags, tmp_path):
     path = tmp_path / f"{script.__name__}.pt"
     kinds = {"git lfs pull": b"version https://git-lfs.github.com/spec/v1\n", "damaged": b""}
     for words, content in (kinds | {"is not a checkpoint of": b"something else"}).items():
@@ -419,7 +419,7 @@ class AppleGPU(TorchDispatchMode):
 
 
 def on_apple_gpu(monkeypatch, script):
-    """The mode, under which script.build, whose model comes from the CPU, is exempt."""
+    """An AppleGPU that exempts script.build, because models are built on the CPU."""
     mode = AppleGPU()
     build = script.build
 
@@ -435,7 +435,7 @@ def on_apple_gpu(monkeypatch, script):
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_no_float64_meets_an_apple_gpu(script, flags, tmp_path, monkeypatch):
+def test_no_float64_reaches_an_apple_gpu(script, flags, tmp_path, monkeypatch):
     words = [*flags, *SMALL[script], "--out", str(tmp_path)]
     with on_apple_gpu(monkeypatch, script):
         script.main(words)

@@ -48,7 +48,7 @@ def end(process):
 
 
 def launch(*command, **more):
-    """Runs it by two processes -> exit code, lines of stdout, own part of stderr."""
+    """Runs it in two processes -> exit code, lines of stdout, the scripts' part of stderr."""
     code, said, err = end(begin(*LAUNCHER, *command, **more))
     own, *_ = err.partition("torch/distributed/")[0].rpartition("\n")
     return code, said.splitlines(), own
@@ -58,7 +58,7 @@ def launch(*command, **more):
 
 
 def gradients(args):
-    """Of both models, by one process on all images, and averaged over two shares."""
+    """Saves both models' gradients: one process on all images, and two on half of them each."""
     x, t = torch.rand(6, 1, 28, 28).double(), torch.tensor([1, 2, 3, 4, 1, 2])
     noise, latent = torch.randn_like(x), torch.randn(6, 2).double()
     net = nn.Conv2d(1, 1, 3, padding=1)
@@ -86,7 +86,8 @@ def program(out, data):
     args = vae.parse(["--out", out, "--device", "cpu"])
     common.start(args)
     gradients(args)
-    dist.init_process_group = dist.destroy_process_group = lambda *_: None  # one is for all
+    # One group serves all runs.
+    dist.init_process_group = dist.destroy_process_group = lambda *_: None
     rank, save, write = common.RANK, common.save_checkpoint, torch.save
 
     def hooked(path, settings, history, *code, **parts):
@@ -119,7 +120,7 @@ def launched(digits, tmp_path_factory):
     return out, said
 
 
-def test_the_averaged_gradient_is_that_of_one_on_both_shares(launched):
+def test_the_averaged_gradient_is_that_of_one_process_on_all_images(launched):
     for rank in 0, 1:
         one, several = torch.load(launched[0] / f"gradients.rank{rank}")
         assert all(gradient.abs().max() > 0 for gradient in one)
@@ -127,7 +128,7 @@ def test_the_averaged_gradient_is_that_of_one_on_both_shares(launched):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_both_end_with_the_same_weights_also_after_a_stop(launched, name):
+def test_both_processes_end_with_the_same_weights_even_after_a_stop(launched, name):
     paths = [launched[0] / folder / f"{name}.pt" for folder in ("whole", "parts")]
     whole, parts = (torch.load(path, weights_only=True) for path in paths)
     for path, rank in itertools.product(paths, (0, 1)):
@@ -136,21 +137,21 @@ def test_both_end_with_the_same_weights_also_after_a_stop(launched, name):
     assert len(whole["history"]) == len(parts["history"]) == 2
 
 
-def test_rank_0_alone_speaks_and_writes(launched):
+def test_only_rank_0_prints_and_writes(launched):
     _, said = launched
     counts = {"DDPM on": 3, "VAE on": 3, "epoch 1": 4, "epoch 2": 4, "wrote": 6}
     counts |= {"going on after epoch 1 of 2": 2}
     assert {words: sum(line.startswith(words) for line in said) for words in counts} == counts
 
 
-def test_an_odd_batch_is_one_line(digits, tmp_path):
+def test_an_odd_batch_gives_a_one_line_error(digits, tmp_path):
     flags = "--device", "cpu", "--data-dir", digits, "--out", tmp_path, "--batch-size", 33
     code, _, err = launch(REPO / "ddpm.py", *flags)
     assert code != 0 and "Traceback" not in err and os.listdir(tmp_path) == []
     assert "error: 2 processes cannot share 33 images" in err
 
 
-def test_missing_data_are_one_line(tmp_path):
+def test_missing_data_give_a_one_line_error(tmp_path):
     flags = "--device", "cpu", "--data", "fashion", "--data-dir", tmp_path, "--out", tmp_path
     code, _, err = launch(REPO / "vae.py", *flags)
     assert code != 0 and "Traceback" not in err and "Connection closed" not in err
@@ -173,7 +174,7 @@ BOTH = pytest.mark.parametrize("name", NAMES)
 
 @pytest.fixture(scope="module")
 def trained(digits, tmp_path_factory):
-    """Of each script a checkpoint of two epochs, by a command line like the README's."""
+    """A checkpoint of each script after two epochs, trained in a process of its own."""
     folder = tmp_path_factory.mktemp("trained")
     runs = [
         begin(sys.executable, REPO / f"{name}.py", *flags(name, digits, folder)) for name in NAMES
@@ -203,7 +204,7 @@ def edit(path, old, new):
 
 
 def written_anew(path):
-    """Other comments, docstrings, blank lines and line breaks, and the same code."""
+    """Rewrites a script: other comments, docstrings and line breaks, but the same code."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef) and ast.get_docstring(node):
@@ -213,13 +214,13 @@ def written_anew(path):
 
 
 def finished(trained, name, out):
-    """A folder with a copy of the checkpoint -> its path."""
+    """Copies the finished checkpoint into the new folder out -> the path of the copy."""
     out.mkdir()
     return Path(shutil.copy(trained / f"{name}.pt", out))
 
 
 def unfinished(trained, name, out):
-    """The same of a run that was stopped after epoch 2 of 3."""
+    """The same, as if the run had been stopped after epoch 2 of 3."""
     path = finished(trained, name, out)
     saved = torch.load(path, weights_only=True)
     saved["settings"]["epochs"] = 3
@@ -259,7 +260,7 @@ def own_process(copied, name, *given):
 
 
 @BOTH
-def test_an_edited_loss_does_not_go_on_with_old_weights(copied, trained, digits, command, name):
+def test_an_edited_loss_does_not_resume_from_old_weights(copied, trained, digits, command, name):
     done = finished(trained, name, copied / "done")
     half = unfinished(trained, name, copied / "half")
     before = state(done.parent), state(half.parent)
@@ -316,7 +317,7 @@ def test_fresh_replaces_what_is_there_after_an_epoch(copied, trained, digits, co
 
 
 @BOTH
-def test_weights_that_do_not_fit_are_one_line(copied, trained, command, name):
+def test_weights_that_do_not_fit_give_a_one_line_error(copied, trained, command, name):
     path = finished(trained, name, copied / "out")
     before = state(path.parent)
     edit(copied / f"{name}.py", *LAYER[name])
@@ -328,7 +329,7 @@ def test_weights_that_do_not_fit_are_one_line(copied, trained, command, name):
 
 @BOTH
 def test_samples_are_those_of_the_seed(copied, trained, command, name):
-    """Drawn from one checkpoint, in --out or by --load, also by code that trains otherwise."""
+    """From a checkpoint in --out or given by --load, even by code that trains differently."""
     path = finished(trained, name, copied / "out")
     edit(copied / f"{name}.py", *LOSS[name])
     before = path.read_bytes()

@@ -1,4 +1,4 @@
-"""README.md and docs/math.md are held to the source and the results."""
+"""README.md and docs/math.md are checked against the source and the results."""
 
 import ast
 import json
@@ -21,7 +21,7 @@ MATH = TEXTS["docs/math.md"]
 SOURCE = "\n".join(TEXTS[name] for name in SOURCES)
 
 
-def test_the_readme_is_read_in_a_visitors_time():
+def test_the_readme_is_short():
     assert len(TEXTS["README.md"]) <= 9000
 
 
@@ -40,7 +40,8 @@ def test_commands_flags_functions_and_files_exist(page):
     names = {span.partition("(")[0] for span in spans if re.match(r"[\w./]+(\(.*\))?$", span)}
     names |= set(re.findall(r"\b(?:vae|ddpm|common|compare)\.\w+", TEXTS[page]))
     for name in names:
-        short = re.escape(name.rstrip("/").rpartition("/")[2])  # of a file a script writes
+        # The base name, for files that a script writes.
+        short = re.escape(name.rstrip("/").rpartition("/")[2])
         word = rf"\b{short}\b|(def|class) {short.rpartition('.')[2]}\b"
         assert (ROOT / name).exists() or re.search(word, SOURCE), name
 
@@ -115,14 +116,14 @@ def test_the_index_and_the_tags_in_the_source_agree():
     assert not index ^ tags
 
 
-def test_the_reports_equations_are_in_the_index_alone_and_their_functions_exist():
+def test_the_reports_equations_are_only_in_the_index_and_their_functions_exist():
     assert "report (" not in SOURCE
     known = {name for name, _, _ in functions()}
     named = {name for head, cell in ROWS if head[0] == "r" for name in re.findall("`(.*?)`", cell)}
     assert len(named) > 15 and named <= known
 
 
-def test_every_equation_has_a_function_or_none():
+def test_the_index_lists_every_equation_once():
     found = [each for head, _ in ROWS for each in equations(head) if "(" in each[1]]
     every = {"KW": 24, "Ho": 26, "report": 74}.items()
     assert sorted(found) == sorted((p, f"({n + 1})") for p, last in every for n in range(last))

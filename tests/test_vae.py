@@ -1,4 +1,4 @@
-"""vae.py: its math against torch.distributions and integrals, its training replayed, its stops."""
+"""vae.py: its math against torch.distributions and integrals, its training, stopped runs."""
 
 import copy
 import filecmp
@@ -35,14 +35,14 @@ def seeded():
 
 
 def module(function):
-    """An encoder or a decoder that is written down, in place of the network."""
+    """An encoder or a decoder given as a function, in place of the network."""
     written = nn.Module()
     written.forward = function
     return written
 
 
 def random_model(**options):
-    """q(z|x) is far from p(z)."""
+    """A VAE whose q(z|x) is far from p(z)."""
     model = vae.VAE(**options).requires_grad_(False)
     for p in model.encoder.parameters():
         p.mul_(1.5)
@@ -180,7 +180,7 @@ def test_reparameterize():
     sigma = logvar.exp().sqrt()
     n = 100_000
     z = vae.VAE().reparameterize(mu.expand(n, 2), logvar.expand(n, 2))
-    # five standard errors, here and below
+    # Five standard errors, here and below.
     assert ((z.mean(0) - mu).abs() < 5 * sigma / n**0.5).all()
     assert ((z.std(0) / sigma - 1).abs() < 5 / (2 * n) ** 0.5).all()
     eps = torch.tensor([1.0, -2.0])
@@ -203,7 +203,7 @@ def test_sample_decodes_the_prior():
 
 
 @BOTH
-def test_estimators_a_and_b_agree_and_b_is_the_quieter(likelihood, data):
+def test_estimators_a_and_b_agree_and_b_is_less_noisy(likelihood, data):
     model = random_model(latent_dim=8, likelihood=likelihood)
     n = 4000
     x = data[0][:1].expand(n, -1, -1, -1)
@@ -240,7 +240,8 @@ def test_samples_average_log_likelihoods_not_latents(likelihood, data):
     reconstruction, kl = model.elbo_terms(x, samples=4, eps=(z - mu) / q.scale)
     assert_close(reconstruction, each.mean(0))
     assert_close(kl, kl_from_prior(q))
-    assert ((reconstruction - log_likelihood(z.mean(0))).abs() > 0.1).all()  # the slip's value
+    # What averaging the latents would give.
+    assert ((reconstruction - log_likelihood(z.mean(0))).abs() > 0.1).all()
     model.reparameterize = lambda mu, logvar, eps=None: z
     expected = each + PRIOR.log_prob(z).sum(-1) - q.log_prob(z).sum(-1)
     assert_close(model.log_weights(x, 4), expected)
@@ -293,7 +294,7 @@ def checkpoint(out):
 
 @pytest.fixture(scope="module")
 def trained(digits, tmp_path_factory):
-    """The folder of an undisturbed run."""
+    """The folder of a run that was never stopped."""
     out = tmp_path_factory.mktemp("run") / "out"
     vae.main(flags(digits, out))
     return out
@@ -315,7 +316,7 @@ REPORTS = {"network": "mlp", "latent_dim": 2, "likelihood": "bernoulli", "kl_wei
 REPORTS |= {"epochs": 100, "batch_size": 256, "lr": 1e-3}
 
 
-def test_the_defaults_are_the_reports(monkeypatch):
+def test_the_defaults_are_those_of_the_course_report(monkeypatch):
     monkeypatch.setattr(common, "best_precision", lambda device: "float32")
     args = vae.parse([])
     assert vae.defaults(args, CPU) == SHARED | REPORTS
@@ -369,7 +370,7 @@ def test_evaluate_depends_on_the_seed_alone(data):
 
 @pytest.mark.parametrize("likelihood, kl_weight", [("bernoulli", 1), ("gaussian", 0.5)])
 def test_training_again(digits, data, tmp_path, likelihood, kl_weight):
-    """Adam on the bound for two epochs, in plain float32."""
+    """Against a plain loop: two epochs of Adam on the loss, in float32."""
     more = ["--seed", 3, "--lr", 2e-3, "--latent-dim", 3, "--kl-weight", kl_weight]
     argv = flags(digits, tmp_path, "--epochs", 2, "--likelihood", likelihood, *more)
     model, history = train(argv)
@@ -428,7 +429,7 @@ def test_the_pictures_show_what_they_say(trained, digits, data, tmp_path, monkey
 # ---- the same command goes on
 
 
-def test_a_killed_run_goes_on_to_the_same_bits(trained, digits, tmp_path, capsys):
+def test_a_killed_run_resumes_bit_for_bit(trained, digits, tmp_path, capsys):
     argv = flags(digits, tmp_path)
     one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
     process = subprocess.Popen([sys.executable, SCRIPT, *argv], env=one_thread)
@@ -450,7 +451,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(trained, digits, tmp_path, capsys
     assert set(os.listdir(tmp_path)) == set(os.listdir(trained))
 
 
-def test_ctrl_c_is_one_line_and_the_same_command_goes_on(trained, digits, tmp_path):
+def test_ctrl_c_gives_one_line_and_the_same_command_resumes(trained, digits, tmp_path):
     def stop(model, epoch):
         if epoch == 3:
             raise KeyboardInterrupt
@@ -466,7 +467,8 @@ def test_ctrl_c_is_one_line_and_the_same_command_goes_on(trained, digits, tmp_pa
     torch.save(saved, tmp_path / "vae.pt")
     train(argv)
     assert_same(trained, tmp_path)
-    assert 1000 < checkpoint(tmp_path)["history"][2]["seconds"] < 1100  # they add up, too
+    # The seconds continue from the saved ones.
+    assert 1000 < checkpoint(tmp_path)["history"][2]["seconds"] < 1100
 
 
 def test_a_finished_run_draws_its_pictures_again(trained, digits, tmp_path, capsys):
@@ -505,7 +507,7 @@ def refused(capsys, argv, *words):
         assert re.search(rf"(?<!\w){re.escape(str(word))}(?!\w)", message), (word, message)
 
 
-def test_bad_values_are_one_line_and_nothing_is_written(tmp_path, capsys):
+def test_bad_values_give_a_one_line_error_and_write_nothing(tmp_path, capsys):
     wrong = "--latent-dim=0 --kl-weight=nan --likelihood=poisson --data=cifar --device=tpu "
     wrong += "--seed=-1 --precision=half --lr=0 --load=x.pt"
     for flag in wrong.split():
