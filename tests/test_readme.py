@@ -4,6 +4,7 @@ import ast
 import json
 import re
 import shlex
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,11 @@ SOURCE = "\n".join(TEXTS[name] for name in SOURCES)
 
 def test_the_readme_is_short():
     assert len(TEXTS["README.md"]) <= 9000
+
+
+def test_the_readme_shows_the_sampler_as_it_is():
+    lines = re.search(r"```python\n(.*?)```", TEXTS["README.md"], re.S)[1]
+    assert textwrap.indent(lines, 8 * " ") in TEXTS["ddpm.py"]
 
 
 # ---- what the pages name
