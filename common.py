@@ -34,8 +34,8 @@ from torchvision import datasets
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
-# torchrun starts several processes.  These are the rank of this one, its rank on its own machine,
-# and the number of processes.
+# torchrun starts several processes.  These are whether it did, the rank of this process, its rank
+# on its own machine, and the number of processes.
 TORCHRUN = dist.is_available() and dist.is_torchelastic_launched()
 RANK = int(os.environ["RANK"]) if TORCHRUN else 0
 LOCAL_RANK = int(os.environ["LOCAL_RANK"]) if TORCHRUN else 0
@@ -483,7 +483,7 @@ def start(args):
             "checkpoint in this one, name it with --load)"
         ) from None
     device = pick_device(args.device)
-    # Adam's averages for dead units decay to denormal numbers, which slow a CPU down 100 times.
+    # Adam's averages for dead units decay to denormal numbers, which slow a CPU a hundredfold.
     torch.set_flush_denormal(True)
     if device.type == "cuda":
         torch.cuda.set_device(device)

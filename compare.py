@@ -37,7 +37,7 @@ MOST = 10000  # images per row of the table, at most
 CURVE_OF = {"cuda": 10000, "cpu": 2000}  # images per point of the quality curve
 BITS_OF = {"cuda": 2000, "cpu": 128}  # test images for the bound: each takes 1000 evaluations
 SAMPLERS_OF = {"cuda": 10000, "cpu": 500}  # images per cell of the table of samplers
-NOISE = 0.2  # fraction of real digits' Fréchet distance: a smaller excess varies between epochs
+NOISE = 0.2  # as a fraction of real digits' Fréchet distance; a smaller excess is noise
 COUNTED = 20000  # training images on which the histograms of the bound are counted
 COPIES = 2000  # images that are searched for copies: comparing all pixels of all pairs is slow
 RETURNED = 500  # test images that are encoded and decoded
@@ -387,7 +387,7 @@ def nearest(a, b):
 def coverage(samples, real, k=5):
     """The share of real (n, d) that one of samples (m, d) is near to.
 
-    That is, at least as near as the k-th neighbor among real.  Naeem et al. 2020 (5)
+    That is, at least as near as its own k-th neighbor among real.  Naeem et al. 2020 (5)
     """
     # k + 1, because the nearest of all is the point itself.
     radii = [torch.cdist(part, real).kthvalue(k + 1).values for part in real.split(500)]
@@ -726,7 +726,7 @@ def ddim_encode(model, times, x0):
 
 @torch.no_grad()
 def there_and_back(model, x):
-    """Images x in [0, 1], encoded and decoded: like x.  The DDPM's code is ddim_encode's x_T."""
+    """Images x in [0, 1], encoded and decoded.  The DDPM's code is ddim_encode's x_T."""
     if isinstance(model, vae.VAE):
         return model.decode(model.encode(x)[0])
     times = model.times(min(50, model.T))
@@ -743,7 +743,7 @@ def relative_error(x, back):
 
 @torch.no_grad()
 def reconstructions(models, x):
-    """Images x in [0, 1], encoded and decoded -> {label: like x}."""
+    """Images x in [0, 1], encoded and decoded -> {label: images shaped like x}."""
     rows = {TEST: x}
     for name in VAES:
         rows[f"{name}: {models[name].latent_dim}-D code"] = there_and_back(models[name], x)
@@ -807,9 +807,7 @@ def figure_2(model, yardstick, images, labels, out, title):
     names = []
     for kind, i in zip(kinds, picks, strict=True):
         names.append(f"{kind}:\n{labels[i]}, read\nas {found[i]}")
-    title = (
-        f"{title}: misread digits with the largest and\nsmallest error, and the median of others"
-    )
+    title = f"{title}: misread digits with the largest and\nsmallest error, and the median of the others"
     rows = {TEST: x[picks], "reconstructions": again[picks]}
     common.plot_rows(rows, out / "figure2_reconstructions.png", title, names)
 
@@ -909,7 +907,7 @@ def draw_pictures(models, samples, yardstick, data, name, out):
         shown[label] = x
         shown[f"{label}: nearest in training"] = x_train[which] / 255
         notes[f"{label}: nearest in training"] = [f"{distance:.1f}" for distance in distances]
-    title = f"{name}: images above the nearest of {len(known):,} training images, with distances"
+    title = f"{name}: images, each above its nearest of {len(known):,} training images"
     common.plot_rows(shown, out / "neighbors.png", title, notes=notes)
 
     title = f"{name}: test images, encoded and decoded"
@@ -939,7 +937,7 @@ SAMPLES = {
 
 
 def until(value):
-    """What seconds_until gives, in words; None if there was no target."""
+    """What seconds_until gives, in words; value is None if there was no target."""
     if value is None:
         return "not resolved"
     seconds, at_most = value
@@ -1083,7 +1081,7 @@ Lower is better, except for coverage.  "Told from real" and "by shape alone" are
   guessing.  There are two: a convolutional network that sees the pixels, and an MLP that is given
   what a digit classifier makes of the image: its features, its confidence, and the distance to the
   nearest training digit.  The column shows the one that is right more often, which puts it up to a
-  percentage point too high for real digits.  Better networks might find more differences.
+  percentage point too high for real training digits.  Better networks might find more differences.
 - **by shape alone**: the same after thresholding all images to black and white at ½, so that the
   gray of a VAE's decoder means does not count.
 - **Fréchet distance**: how far the mean and the covariance of the classifier's features for these
@@ -1127,8 +1125,9 @@ The command took {r["seconds"] / 60:.1f} min, not counting earlier training.
 {table(judged, columns)}
 
 A verdict requires a margin: 0.05 for shares, a factor of 2 for times and errors, 5% for bits/dim.
-"Close" means less than twice the margin: another seed may reverse it.  Verdicts compare the DDPM
-with the 2-D VAE, as in the course report; for bits/dim, with the better of the two VAEs.  Fidelity
+"Close" means a gain of less than twice the margin: another seed may change the verdict.  Verdicts
+compare the DDPM with the 2-D VAE, as in the course report; for bits/dim, with the better of the
+two VAEs.  Fidelity
 must be higher by both measures, "told from real" and "by shape alone".  Diversity is lacking if
 coverage or "classes off by" is worse than for real digits by more than the margin.  If it is worse
 by less, the verdict is "does not hold, close".
@@ -1162,8 +1161,9 @@ batch size.  Multiply-adds are for one image's forward pass.  The two "until" co
 by the excess of the Fréchet distance of {r["curve n"]:,} samples over that of as many real digits
 ({r["curve floor"]:.1f}).  They give the time until the excess falls to the 2-D VAE's lowest, and
 to 1.5 times the model's own last value, which the verdict calls its own best.  An excess below
-{NOISE:.0%} of the real digits' distance is noise: it is drawn at that level, and times that depend
-on it are "not resolved".  In all runs the learning rate falls to 0 over the chosen number of
+{NOISE:.0%} of the real digits' distance is noise, and is drawn at that level.  If a model's last
+excess is 0 or less, the time to its own best is left empty ("not resolved" in the claims).  In all
+runs the learning rate falls to 0 over the chosen number of
 epochs, so a longer run reaches a given quality later: "its own best" depends on that choice.  On
 one RTX 3090, the course report's VAE took 45 minutes, and its DDPM over 3 hours.
 
@@ -1185,7 +1185,7 @@ as many real digits: {r["samplers floor"]:.1f}):
 The table shows the -ELBO of {r["bits n"]:,} test images.  In the first row of each model, the
 decoder is of the same kind: for each bin of the predicted mean, a histogram of the 256 levels.
 The histograms are counted on {r["counted"]:,} training images, and the number of bins is chosen on
-others.  The DDPM's KL is the sum of all terms but L_0.  Its variances are the best ones there,
+others.  The DDPM's KL is the sum of all terms but L_0, with the best variances, which are
 estimated from the errors on 32 training images.  Ho's decoder (13), a normal with one σ for all
 pixels, costs {hos["total"] - whole["total"]:.3f} more, and Ho's variances another
 {own["total"] - hos["total"]:.3f}.  Among the chains of at most K steps whose last step starts at

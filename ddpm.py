@@ -6,8 +6,8 @@
 
 On an NVIDIA GPU the default recipe is `paper`.  Elsewhere it is `short`, which trains a smaller
 network for fewer epochs, within minutes on a CPU.  `short` does NOT minimize L_simple: it draws t
-from another distribution, and weights the same error differently at each t.  `--recipe paper
---width 32 --epochs 6` is L_simple for a CPU.
+from another distribution, and weights the same error differently at each t.  For L_simple on a
+CPU: `--recipe paper --width 32 --epochs 6 --lr 4e-3`.
 
 Ho is Ho, Jain & Abbeel 2020, "Denoising Diffusion Probabilistic Models" (arXiv:2006.11239).
 
@@ -15,9 +15,9 @@ A VAE has one latent z, and learns both its encoder q(z|x) and its decoder p(x|z
 latents x_1 ... x_T, each of the size of the image x_0.  Its encoder q(x_t|x_{t-1}) is fixed: it
 mixes in a little Gaussian noise, until x_T is almost nothing but noise.  Its decoder
 p(x_{t-1}|x_t) removes a little noise.  A single network, which is told t, serves as the decoder in
-all T steps.  It guesses the noise, and training lowers the error of this guess.  That lowers the
-bound, too, which apart from L_0 is a weighted sum of such errors, plus constants.  The bound is
-the VAE's with its sign reversed, and with a KL for each latent:
+all T steps.  It is trained to guess the noise.  The bound is the VAE's with its sign reversed and
+with a KL for each latent; apart from L_0, it is a weighted sum of the errors of this guess, plus
+constants:
 
     -log p(x_0)  <=  L_T + Σ_{t=2..T} L_{t-1} + L_0                       Ho (3) and (5)
 
@@ -29,8 +29,8 @@ Outside the U-Net, x is a batch of images (B, C, H, W) in [0, 1], and x0 and xt 
 [-1, 1].  A time t is an int64 tensor (B,) in training and an int in sampling, where it is the same
 for all images.  It runs from 1 to T, as in the paper; t = 0 is the image without noise.
 
-The file follows the paper's algorithms: the forward process, Algorithms 1 and 2, the network, the
-training loop.  After it come what goes beyond the paper, and the bound, which nobody trains with.
+The file has, in this order, the forward process, Algorithms 1 and 2, the network and the training
+loop; then what goes beyond the paper, and the bound, which is for measuring.
 """
 
 import copy
@@ -50,9 +50,9 @@ import common
 RECIPES = {
     # Ho's loss and the course report's 100 epochs.
     "paper": {"weighting": "simple", "t": "uniform", "width": 64, "epochs": 100, "lr": 1e-3},
-    # A narrower network and fewer epochs, for a CPU.  It concentrates on the t that matter most to
-    # how samples look ("t" says how training draws t): see draw_t and loss_weights, below the
-    # training loop.
+    # A narrower network and fewer epochs, for a CPU.  "t" says how training draws t: this recipe
+    # concentrates on the t that matter most to how samples look.  See draw_t and loss_weights,
+    # below the training loop.
     "short": {"weighting": "v", "t": "focused", "width": 32, "epochs": 6, "lr": 4e-3},
 }
 SETTINGS = {
@@ -65,7 +65,7 @@ SETTINGS = {
 }
 WARM_UP = 0.02  # fraction of the run in which the learning rate rises: first steps are erratic
 AVERAGED = 0.05  # sampling uses weights averaged over about this last fraction of the updates
-STEPS = 20  # steps of a sampler by default, of second order: see trajectory
+STEPS = 20  # sampling steps on the command line; these are of second order: see trajectory
 
 # ---- the forward process q
 
@@ -157,7 +157,7 @@ class DDPM(nn.Module):
         w_t = 1: with uniform t this is L_simple, per pixel.  more: further inputs of the network,
         such as labels.
         """
-        if t is None:
+        if t is None:  # train gives t and eps
             t = torch.randint(1, self.T + 1, (len(x0),), device=x0.device)  # line 3
         if eps is None:
             eps = torch.randn_like(x0)  # line 4
@@ -167,7 +167,7 @@ class DDPM(nn.Module):
 
     forward = loss  # DistributedDataParallel and torch.compile wrap forward
 
-    # ---- sampling, from t to s = t-1 (what `sample` calls holds for any s < t): Ho, Algorithm 2
+    # ---- sampling, from t to s = t-1 (what `sample` uses works for any s < t): Ho, Algorithm 2
 
     @torch.no_grad()
     def sample(self, n, steps=None, eta=1.0, **more):
@@ -175,8 +175,9 @@ class DDPM(nn.Module):
 
         x̂_0 is clipped, as in Ho's code; with clip=False, line 4 is exactly the paper's (a test
         compares them line by line).  The other arguments go beyond the paper: fewer `steps`, less
-        noise with `eta` < 1, and whatever else sample_beyond takes.  The command line draws with
-        steps=20 and order=2, by `trajectory`.  ValueError for a value out of range.
+        noise with `eta` < 1, and whatever else sample_beyond takes.  The command line does not
+        come here: it draws by `trajectory`, by default with steps=20 and order=2, and with
+        --steps 1000 the same images bit for bit.  ValueError for a value out of range.
         """
         common.check_range("n", n, 0)
         if n == 0 or steps is not None or eta != 1 or more:
@@ -201,13 +202,13 @@ class DDPM(nn.Module):
         """
         if x0_hat is None:
             x0_hat = self.predict_x0(xt, t)
-        mean, variance = self.q_posterior(x0_hat, xt, t, s)  # Ho (11)
+        mean, variance = self.q_posterior(x0_hat, xt, t, s)  # with σ_t² = β̃_t, Ho (11)
         if self.variance == "beta":
             variance = 1 - (self.alpha_bar[t] / self.alpha_bar[s]).item()  # σ_t² = β_t
         return mean, variance
 
     def predict_x0(self, xt, t):
-        """The guess x̂_0 at the image that follows from the guess ε_θ at the noise, like xt.
+        """x̂_0, the guess at the image, from ε_θ, the guess at the noise: shaped like xt.
 
         It is clipped to [-1, 1] if self.clip.
         """
@@ -481,11 +482,11 @@ class Preconditioned(nn.Module):
     Input: besides x_t, what ε would be if the pixel were black (x_0 = -1), and if it were white
     (x_0 = 1).  Most pixels of a digit are one or the other.  For such a pixel, ε is a straight
     line in x_t, of slope 1/√(1-ᾱ_t), which is 100 at t = 1 and hard to learn.  Without the two
-    extra inputs, black comes out slightly gray.  They are clamped to [-3, 3], because a larger ε
-    is rare: the pixel is then not black, or not white.
+    extra inputs, black comes out slightly gray.  They are clamped to [-3, 3], because ε is rarely
+    larger: where an input is, the pixel is not black, or not white.
 
     Output: v = √ᾱ_t ε - √(1-ᾱ_t) x_0 (Salimans & Ho 2022).  At large t, x_t is nearly ε itself,
-    and v, which is nearly -x_0 there, is what is left to learn.  In x_t from Ho (4), x_0 cancels:
+    and v, which is nearly -x_0 there, is what is left to learn.  With Ho (4) for x_t, x_0 cancels:
         √(1-ᾱ_t) x_t + √ᾱ_t v = (1-ᾱ_t) ε + ᾱ_t ε = ε,
     so a guess at v is also a guess at ε.
     """
@@ -526,7 +527,7 @@ def draw_t(n, T, way="uniform", device="cpu"):
     "uniform": Ho, Algorithm 1, line 3.
     "focused": three quarters are T sigmoid(u/2 - 0.6) with u ~ N(0, 1).  Half of these lie between
     0.28 T and 0.43 T, where a digit takes its shape (after Esser et al. 2024, section 3.1).  The
-    others are (T+1)^u with u ~ U(0, 1), because most bits are spent at the smallest t.
+    remaining quarter are (T+1)^u with u ~ U(0, 1), because most bits are spent at the smallest t.
     ValueError for any other way.
     """
     common.check_choice("way", way, WAYS)
@@ -827,7 +828,7 @@ def vlb_terms(model, x0, times=None):
 
 
 def steps_and_order(model, steps=None):
-    """How pictures are drawn: in second-order steps, except that all T steps are Ho's sampler."""
+    """How pictures are drawn: in second-order steps, or by Ho's sampler if all T are taken."""
     steps = steps or min(STEPS, model.T)
     return steps, 1 if steps == model.T else 2
 
@@ -924,7 +925,7 @@ def defaults(args, device):
 def objective(settings):
     """A line that says which loss a run minimizes, because a CPU's default is not the paper's."""
     simple = settings.weighting == "simple" and settings.t == "uniform"
-    loss = "Ho's L_simple" if simple else "not Ho's L_simple (--recipe paper alone has that)"
+    loss = "Ho's L_simple" if simple else "not Ho's L_simple, which is --recipe paper"
     return f"recipe {settings.recipe}: its loss is {loss}"
 
 
@@ -959,7 +960,7 @@ def parse(argv):
     add("--digit", help="with --sample: the label to draw (default: a row of each)")
     guidance = "with --sample: more gives clearer, less varied images (default: 0)"
     add("--guidance", type=number(float, 0, 100), default=0.0, help=guidance)
-    steps = f"steps of the sampler (default: {STEPS}; all T are Ho's)"
+    steps = f"steps of the sampler (default: {STEPS}; T gives Ho's sampler)"
     add("--steps", type=number(int, 1, 10000), help=steps)
     eta = "noise added in sampling, from 1, Ho's, to 0, none (default: 1)"
     add("--eta", type=number(float, 0, 1), default=1.0, help=eta)

@@ -57,7 +57,7 @@ def kl_to_prior(mu, logvar):
 def log_bernoulli(x, logits):
     """log Π_i y_i^x_i (1 - y_i)^(1 - x_i) with y = sigmoid(logits), in nats: (..., D) -> (...).
 
-    It is a likelihood if x is in {0, 1}.  For gray x it is only a common score: its
+    It is a likelihood if x is in {0, 1}.  For gray x it is only a widely used score: its
     "probabilities" of the 256 gray levels do not sum to 1, so its nats cannot be compared with a
     true log-likelihood.
     """
@@ -134,7 +134,7 @@ class VAE(nn.Module):
 
     def logits(self, z):
         """The decoder's output before the sigmoid: z (..., latent_dim) -> (..., D)."""
-        h = self.decoder(z.reshape(-1, self.latent_dim))  # convolutions accept one batch axis
+        h = self.decoder(z.reshape(-1, self.latent_dim))  # convolutions accept only one batch axis
         return h.to(z.dtype).view(*z.shape[:-1], math.prod(self.shape))
 
     def log_likelihood(self, x, z):
