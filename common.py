@@ -16,6 +16,7 @@ import os
 import socket
 import sys
 import tempfile
+import textwrap
 import time
 import zipfile
 from argparse import Namespace
@@ -50,6 +51,7 @@ class InputError(Exception):
 
 SETS = {"mnist": datasets.MNIST, "fashion": datasets.FashionMNIST, "kmnist": datasets.KMNIST}
 DATA_DIR = Path(__file__).resolve().parent / "data"  # MNIST comes with the repository
+SIZE = 32  # of a folder's pictures, unless --size says otherwise
 FILES = ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1")
 
 
@@ -224,7 +226,7 @@ def _read_folder(folder, size, seed, out, digest):
         else:
             good.append(pixels)
             labels.append(_label(path, folder))
-    said = f"{folder}: {len(good)} pictures read, {len(bad)} skipped, {others} other files"
+    said = f"{folder}: {len(good)} pictures read, {others} other files, {len(bad)} skipped"
     more = [f"and {len(bad) - 20} more"] if len(bad) > 20 else []
     log(f"{said}: {'; '.join(bad[:20] + more)}" if bad else said)
     if len(good) < 2:
@@ -274,7 +276,7 @@ def labels_to_draw(classes, name, n):
     if name is not None:
         if name not in classes:
             names = ", ".join(classes)
-            raise InputError(f"this model knows no --digit {name}: choose one of {names}")
+            raise InputError(f"this model has no --digit {name}: choose {names}")
         return torch.full((n,), classes.index(name)), 10
     if not classes:
         return None, 10
@@ -447,6 +449,13 @@ def check_range(name, value, low, high=math.inf):
         raise ValueError(f"{name} must be {limits}, not {value}")
 
 
+def check_shape(name, value, like):
+    """ValueError unless value is shaped like `like`: a wrong shape might broadcast in silence."""
+    if value.shape != like.shape:
+        shapes = f"{tuple(like.shape)}, not {tuple(value.shape)}"
+        raise ValueError(f"{name} must have the shape {shapes}")
+
+
 # ---- device, processes, progress
 
 
@@ -465,7 +474,8 @@ def pick_device(name):
         torch.zeros(1, device=device).cpu()  # fails for the device "meta", which holds no data
         return device
     except Exception as error:
-        raise InputError(f"cannot use --device {name} ({error!r:.80}): try cpu or auto") from None
+        reason = textwrap.shorten(str(error), 80)
+        raise InputError(f"no --device {name} ({reason}): choose cpu, or leave it out") from None
 
 
 def start(args):
@@ -482,6 +492,10 @@ def start(args):
             f"cannot write to --out ({error}): choose another folder (to sample from a "
             "checkpoint in this one, name it with --load)"
         ) from None
+    # In a notebook, an earlier command may have been stopped.
+    _locks.clear()
+    for bar in list(tqdm._instances):
+        bar.close()
     device = pick_device(args.device)
     # Adam's averages for dead units decay to denormal numbers, which slow a CPU a hundredfold.
     torch.set_flush_denormal(True)
@@ -597,7 +611,7 @@ def defaults(device):
     return {
         "data": "mnist",
         "pictures": None,  # for a folder: a digest of its pictures
-        "size": 32,
+        "size": SIZE,
         "limit": None,
         "seed": 0,
         "precision": best_precision(device),
@@ -636,6 +650,7 @@ def open_run(args, path, default, code):
         log(f"{path} is finished: drawing its pictures again (--fresh trains anew)")
         return settings, saved
     if RANK == 0:
+        path.parent.mkdir(parents=True, exist_ok=True)
         _lock(path)
         # Read it again, because another run may have ended just before this one took the lock.
         settings, saved = find_run(args, path, default, code)
@@ -670,7 +685,10 @@ def find_run(args, path, default, code):
     for name in vars(settings):
         if getattr(args, name, None) is not None:
             setattr(settings, name, getattr(args, name))
-    if settings.data not in SETS:
+    if settings.data in SETS:
+        if settings.size != SIZE:
+            raise InputError("--size is only for a folder's pictures: leave it out")
+    else:
         folder = Path(settings.data)
         if not os.path.isdir(folder):
             names = ", ".join(SETS)
@@ -773,11 +791,11 @@ def load_checkpoint(path, kind):
             head = file.read(100)
     except FileNotFoundError:
         raise InputError(
-            f"there is no checkpoint {path}: train first, or choose another"
+            f"there is no checkpoint {path}: train first, or name one with --load"
         ) from None
     except OSError as error:
         raise InputError(f"cannot read {path} ({error})") from None
-    foreign = InputError(f"{path} is not a checkpoint of {kind}.py: choose another --out")
+    foreign = InputError(f"{path} is not a checkpoint of {kind}.py: choose another file or --out")
     if head.startswith(b"version https://git-lfs"):
         raise InputError(f"{path} is only a Git LFS pointer to the file: run git lfs pull")
     if head and not head.startswith(b"PK"):  # torch writes zip files, which begin with PK
@@ -860,7 +878,7 @@ def arguments(doc):
     style = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=doc, formatter_class=style)
     # Only the message is printed, because -h shows the usage.
-    parser.error = lambda message: parser.exit(2, f"error: {message}\n")
+    parser.error = lambda message: parser.exit(2, f"error: {message} (-h lists the flags)\n")
     add = parser.add_argument
     add("--data", type=data, help=f"{', '.join(SETS)} or a folder of pictures (default: mnist)")
     folder = "folder of the data sets (default: data/ beside the scripts)"
@@ -903,8 +921,10 @@ def run(main):
         sys.exit("error: the output was closed; run the same command to resume")
     except KeyboardInterrupt:
         going_on = ": run the same command to resume after the last finished epoch"
-        if any(flag.startswith(("--sample", "--fresh")) for flag in sys.argv):
-            going_on = ""  # --sample trained nothing, and --fresh would train anew
+        if "--fresh" in sys.argv:
+            going_on = ": without --fresh, the same command resumes from what is saved"
+        if any(flag.startswith("--sample") for flag in sys.argv):
+            going_on = ""
         sys.exit(f"\nstopped{going_on}")
     finally:
         _locks.clear()  # in a notebook the process lives on, and so would its locks

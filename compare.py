@@ -116,7 +116,6 @@ def open_runs(args, device):
 def trained(name, run, device, watch):
     """The model of a run, trained or loaded, and its history; draws its pictures."""
     script, file, _ = RUNS[name]
-    Path(run.out).mkdir(exist_ok=True)
     _, history = script.train(run, device, watch)
     model = script.load(Path(run.out) / Path(file).name, device)
     script.draw(model, history, run, device)
@@ -807,7 +806,7 @@ def figure_2(model, yardstick, images, labels, out, title):
     names = []
     for kind, i in zip(kinds, picks, strict=True):
         names.append(f"{kind}:\n{labels[i]}, read\nas {found[i]}")
-    title = f"{title}: misread digits with the largest and\nsmallest error, and the median of the others"
+    title += ": misread digits with the largest\nand smallest error, and the median of the others"
     rows = {TEST: x[picks], "reconstructions": again[picks]}
     common.plot_rows(rows, out / "figure2_reconstructions.png", title, names)
 

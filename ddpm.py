@@ -162,10 +162,14 @@ class DDPM(nn.Module):
         if eps is None:
             eps = torch.randn_like(x0)  # line 4
         xt = self.q_sample(x0, t, eps)
-        error = (eps - self.net(xt, t, *more)) ** 2  # line 5
+        guess = self.net(xt, t, *more)  # ε_θ
+        common.check_shape("net(xt, t)", guess, xt)
+        error = (eps - guess) ** 2  # line 5
         return (per_image(self.weight[t]) * error).mean()  # with weights of 1, Ho (14)
 
-    forward = loss  # DistributedDataParallel and torch.compile wrap forward
+    def forward(self, x0, t=None, eps=None, *more):
+        """The loss, because DistributedDataParallel and torch.compile wrap forward."""
+        return self.loss(x0, t, eps, *more)
 
     # ---- sampling, from t to s = t-1 (what `sample` uses works for any s < t): Ho, Algorithm 2
 
@@ -358,10 +362,11 @@ def build(settings):
 def train(args, device, watch=None):
     """Trains a DDPM, or resumes a run that was stopped -> model, history.
 
-    Ho, Algorithm 1.  args: as parse returns them.  The returned model has the averaged weights.
-    history is a list with one dict per epoch: epoch, train_loss, test_loss (of the averaged
-    weights, with uniform t), seconds of training since the start, and what watch(model, epoch)
-    returns.  Everything is saved in OUT/ddpm.pt after each epoch.
+    Ho, Algorithm 1.  args: as parse returns them.  device: as common.start(args) returns it.  The
+    returned model has the averaged weights.  history is a list with one dict per epoch: epoch,
+    train_loss, test_loss (of the averaged weights, with uniform t), seconds of training since the
+    start, and what watch(model, epoch) returns.  Everything is saved in OUT/ddpm.pt after each
+    epoch.
     """
     path = Path(args.out) / "ddpm.pt"
     settings, saved = common.open_run(args, path, defaults(args, device), CODE)
@@ -373,7 +378,7 @@ def train(args, device, watch=None):
 
     torch.manual_seed(10**6 * settings.seed)
     model = build(vars(settings)).to(device)
-    average = copy.deepcopy(model).requires_grad_(False)
+    average = copy.deepcopy(model).requires_grad_(False).eval()
     optimizer = torch.optim.Adam(model.parameters(), lr=settings.lr, fused=True)
     history = []
     if saved:
@@ -402,7 +407,7 @@ def train(args, device, watch=None):
             optimizer.param_groups[0]["lr"] = get_lr(done, settings.lr)
 
             x0 = to_model(x_train[batch] / 255)  # line 2: (B, C, H, W) in [-1, 1]
-            t = draw_t(len(x0), settings.T, settings.t, device)  # line 3: (B,) in 1 ... T
+            t = draw_t(len(x0), model.T, settings.t, device)  # line 3: (B,) in 1 ... T
             eps = torch.randn_like(x0)  # line 4
             more = some_labels(y_train, batch, settings)  # empty without --labels
             with common.autocast(device, settings.precision):
@@ -414,7 +419,7 @@ def train(args, device, watch=None):
             update_average(average, model, step)
             total += loss.detach()
             bar.update()
-            if step % 50 == 0 or step % updates == 0:
+            if step % 50 == 0 or (step + 1) % updates == 0:
                 bar.set_description(f"DDPM, epoch {epoch}, loss {loss.item():.4g}", refresh=False)
 
         row = {"epoch": epoch, "train_loss": total.item() / updates}
@@ -476,8 +481,8 @@ def update_average(average, model, step):
 class Preconditioned(nn.Module):
     """ε_θ(x_t, t) from a plain network, whose inputs and output are chosen to ease its task.
 
-    Karras et al. 2022 call such a wrapper preconditioning.  net: net(x, t) with 3C channels in and
-    C out, such as UNet(3 * C, C).
+    Karras et al. 2022 call such a wrapper preconditioning.  net: net(x, t) with 3C channels in, t
+    (B,) int64 and C channels out, such as UNet(3 * C, C).
 
     Input: besides x_t, what ε would be if the pixel were black (x_0 = -1), and if it were white
     (x_0 = 1).  Most pixels of a digit are one or the other.  For such a pixel, ε is a straight
@@ -628,7 +633,7 @@ def trajectory(model, xt, times, eta=1.0, order=1):
     order: 2 replaces x̂_0 with a guess for the middle of the step, extrapolated from x̂_0 at this
     time and at the one before.  This is DPM-Solver++(2M) with eta = 0, and its SDE version with
     eta = 1 (Lu et al. 2022).  The first step, which has none before it, and the step to 0, where λ
-    is infinite, use x̂_0 itself.
+    is infinite, use x̂_0 itself.  A step of either order takes one evaluation of the network.
     ValueError for any other eta or order.
     """
     common.check_range("eta", eta, 0, 1)
@@ -715,6 +720,8 @@ def guided(model, labels, guidance=0.0):
         raise ValueError("guidance needs labels: pass labels as well")
     if isinstance(model.net, Preconditioned):  # nothing is known about any other network
         classes = getattr(model.net.net, "classes", 0)
+        if not classes:
+            raise ValueError("this model was trained without labels")
         for label in torch.as_tensor(labels).flatten().tolist():
             common.check_range(f"of {classes} classes, a label", label, 0, classes - 1)
 
@@ -884,6 +891,7 @@ def draw(model, history, args, device):
     out = Path(args.out)
     name = f"DDPM, {common.title(model.settings)}"
     draw_samples(model, 100, args, device, out / "ddpm_samples.png")
+    (out / "ddpm_labels.png").unlink(missing_ok=True)  # a model that was replaced may have left it
     if model.settings["classes"]:
         draw_guidance(model, args, device, out / "ddpm_labels.png")
 
@@ -934,14 +942,15 @@ def check_sampling(args, settings):
     T = settings["T"]
     if args.steps and args.steps > T:
         raise common.InputError(f"--steps {args.steps} exceeds T = {T}: choose at most {T}")
-    if (args.digit is not None or args.guidance) and not (args.sample and settings["labels"]):
-        raise common.InputError(
-            "--digit and --guidance need --sample and a model trained with --labels"
-        )
+    if args.digit is not None or args.guidance:
+        if not args.sample:
+            raise common.InputError("--digit and --guidance are for drawing: add --sample")
+        if not settings["labels"]:
+            raise common.InputError("--digit and --guidance need a model trained with --labels")
 
 
 def load(path, device="cpu"):
-    """The trained DDPM of a checkpoint.  common.InputError for any other file."""
+    """The trained DDPM of a checkpoint, without gradients.  common.InputError for other files."""
     return common.load_model(path, "ddpm", "ema", device, build)
 
 
@@ -975,13 +984,14 @@ def main(argv=None):
         model = common.load_for_sampling(args, out / "ddpm.pt", load, device)
         check_sampling(args, model.settings)
         draw_samples(model, args.sample, args, device, out / "ddpm_sample.png")
+        common.log(f"wrote {out / 'ddpm_sample.png'}")
     else:
         settings, _ = common.find_run(args, out / "ddpm.pt", defaults(args, device), CODE)
         check_sampling(args, vars(settings))
         model, history = train(args, device)
         if common.RANK == 0:
             draw(model, history, args, device)
-    common.log(f"wrote the pictures ddpm_* in {out}/")
+        common.log(f"wrote the pictures ddpm_* in {out}/")
 
 
 if __name__ == "__main__":

@@ -215,9 +215,10 @@ def train(args, device, watch=None):
     """Trains a VAE, or resumes a run that was stopped -> model, history.
 
     KW, Algorithm 1.  With a kl_weight of 1 this maximizes the ELBO.  args: as parse returns them.
-    history is a list with one dict per epoch: epoch, both terms of the ELBO on training and on
-    test images (nats per image), seconds of training since the start, and what watch(model, epoch)
-    returns.  Everything is saved in OUT/vae.pt after each epoch.
+    device: as common.start(args) returns it.  history is a list with one dict per epoch: epoch,
+    both terms of the ELBO on training and on test images (nats per image), seconds of training
+    since the start, and what watch(model, epoch) returns.  Everything is saved in OUT/vae.pt after
+    each epoch.
     """
     path = Path(args.out) / "vae.pt"
     settings, saved = common.open_run(args, path, defaults(args, device), CODE)
@@ -264,7 +265,7 @@ def train(args, device, watch=None):
             optimizer.step()
             total += torch.stack([reconstruction.mean(), kl.mean()]).detach()
             bar.update()
-            if step % 50 == 0 or step % updates == 0:
+            if step % 50 == 0 or (step + 1) % updates == 0:
                 bar.set_description(f"VAE, epoch {epoch}, loss {loss.item():.4g}", refresh=False)
 
         train_reconstruction, train_kl = (total / updates).tolist()
@@ -358,6 +359,7 @@ def draw(model, history, args, device):
     kl = {"training images": "train_kl", "test images": "test_kl"}
     curves = {"E log p(x|z), nats": likelihood, "KL, nats": kl}
     common.plot_curves(history, curves, out / "vae_curves.png", f"{name}: the ELBO's terms")
+    (out / "vae_latent.png").unlink(missing_ok=True)  # a model that was replaced may have left it
     if model.latent_dim == 2:
         mu = torch.cat([model.encode(batch / 255)[0] for batch in x_test.split(1000)])
         title = f"{name}:\nμ(x) of the test images; circles: 1 and 2 σ of the prior"
@@ -376,7 +378,7 @@ def defaults(args, device):
 
 
 def load(path, device="cpu"):
-    """The trained VAE of a checkpoint.  common.InputError for any other file."""
+    """The trained VAE of a checkpoint, without gradients.  common.InputError for other files."""
     return common.load_model(path, "vae", "model", device, build)
 
 
@@ -399,11 +401,12 @@ def main(argv=None):
     if args.sample:
         model = common.load_for_sampling(args, out / "vae.pt", load, device)
         draw_samples(model, args.sample, args, out / "vae_sample.png")
+        common.log(f"wrote {out / 'vae_sample.png'}")
     else:
         model, history = train(args, device)
         if common.RANK == 0:
             draw(model, history, args, device)
-    common.log(f"wrote the pictures vae_* in {out}/")
+        common.log(f"wrote the pictures vae_* in {out}/")
 
 
 if __name__ == "__main__":

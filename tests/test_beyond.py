@@ -285,7 +285,7 @@ def test_an_unknown_label_is_refused_with_the_range():
     with pytest.raises(ValueError, match="guidance needs labels"):
         model.sample(2, 2, guidance=1.0)
     model.net.net = ddpm.UNet(3, 1, 4)
-    with pytest.raises(ValueError, match="of 0 classes"):
+    with pytest.raises(ValueError, match="trained without labels"):
         model.sample(2, labels=7)
 
 
@@ -360,7 +360,7 @@ def test_fewer_epochs_than_are_done_is_an_error(digits, tmp_path):
     assert (tmp_path / "ddpm.pt").read_bytes() == before
 
 
-# ---- change it yourself: the three changes that README.md names, each made in a copy
+# ---- change it yourself: the changes that README.md names, each made in a copy
 
 CHANGES = {
     "another network": (
@@ -370,8 +370,12 @@ CHANGES = {
         "        net.forward = lambda x, t: net[2](net[1](net[0](x)))",
     ),
     "another loss": (
-        "error = (eps - self.net(xt, t, *more)) ** 2",
-        "error = (eps - self.net(xt, t, *more)).abs()",
+        "error = (eps - guess) ** 2",
+        "error = (eps - guess).abs()",
+    ),
+    "another output": (
+        "return noise_rate * xt + signal_rate * v",
+        "return v",
     ),
     "another data set": (
         "x_train, y_train, x_test, _ = common.load_data(settings, args, device)",
@@ -392,3 +396,30 @@ def test_each_change_takes_one_edit_and_runs(change, digits, tmp_path):
     ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr[-2000:]
     assert (tmp_path / "out" / "ddpm_samples.png").stat().st_size > 1000
+
+
+def test_a_network_whose_output_would_broadcast_is_refused():
+    x0 = torch.zeros(4, 1, 8, 8)
+    for shape in (4, 3, 8, 8), (4, 8, 8), (4, 1, 1, 1):
+        model = ddpm.DDPM(lambda xt, t, shape=shape: torch.zeros(shape), shape=(1, 8, 8))
+        with pytest.raises(ValueError, match=r"shape \(4, 1, 8, 8\), not \(4, "):
+            model.loss(x0)
+
+
+def test_dropout_is_off_in_the_model_that_is_evaluated(digits, tmp_path, monkeypatch):
+    evaluate = ddpm.evaluate
+    modes = []
+
+    def watched(model, *rest):
+        modes.append(model.training)
+        return evaluate(model, *rest)
+
+    monkeypatch.setattr(ddpm, "evaluate", watched)
+    ddpm.main(flags(digits, tmp_path, "--epochs", 1))
+    assert modes == [False]
+
+
+def test_a_loss_replaced_in_a_notebook_is_the_one_that_trains(monkeypatch):
+    monkeypatch.setattr(ddpm.DDPM, "loss", lambda self, x0, *rest: x0.sum())
+    x0 = torch.ones(2, 1, 8, 8)
+    assert ddpm.DDPM(lambda xt, t: xt)(x0) == 128

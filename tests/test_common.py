@@ -299,7 +299,7 @@ def test_one_line_says_what_was_read_and_what_was_skipped_and_why(tmp_path, caps
     x = pictures(tmp_path, bad | other | {"a.png": good, "b.png": good})
     assert x.shape == (2, 1, 32, 32)
     out = capsys.readouterr().out
-    assert out.startswith(f"{tmp_path}: 2 pictures read, 5 skipped, 2 other files: ")
+    assert out.startswith(f"{tmp_path}: 2 pictures read, 2 other files, 5 skipped: ")
     assert out.count("\n") == 1 and "400000000 pixels" in out
     assert all(f"{name} (" in out for name in bad) and not any(name in out for name in other)
 
@@ -314,7 +314,7 @@ def test_file_names_matter_only_in_out(tmp_path, capsys):
             (folder / name).write_bytes(good)
     x, _, x_test, _ = load_data(tmp_path, out=tmp_path / "deeper" / ".." / "out")
     assert len(x) + len(x_test) == 4
-    assert "4 pictures read, 0 skipped, 6 other files" in capsys.readouterr().out
+    assert "4 pictures read, 6 other files, 0 skipped" in capsys.readouterr().out
 
 
 def test_hidden_files_and_folders_do_not_count(tmp_path, capsys):
@@ -322,7 +322,7 @@ def test_hidden_files_and_folders_do_not_count(tmp_path, capsys):
     hidden = [".ipynb_checkpoints/a-checkpoint.png", ".a.png", "._a.png", "b/.git/c/d.png"]
     folder = tmp_path / ".cache" / "pictures"  # a hidden folder above does not count
     assert len(pictures(folder, dict.fromkeys([*hidden, "a.png", "b/b.png"], good))) == 2
-    assert "2 pictures read, 0 skipped, 0 other files" in capsys.readouterr().out
+    assert "2 pictures read, 0 other files, 0 skipped" in capsys.readouterr().out
 
 
 def test_links_are_followed_and_loops_end(tmp_path, capsys):
@@ -339,7 +339,7 @@ def test_links_are_followed_and_loops_end(tmp_path, capsys):
     (elsewhere / "itself").symlink_to(elsewhere)
     (elsewhere / "below" / "loop").symlink_to(folder)
     assert len(pictures(folder, {})) == 4
-    assert "4 pictures read, 1 skipped, 0 other files: gone.png (" in capsys.readouterr().out
+    assert "4 pictures read, 0 other files, 1 skipped: gone.png (" in capsys.readouterr().out
     seen = [path.relative_to(folder) for path in common.find_pictures(folder, "")[0]]
     # Followed under its first name in sorted order, on any disk.
     assert Path("again/below/c.png") in seen
@@ -356,7 +356,7 @@ def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(os, "scandir", refuse)
     pictures(tmp_path, {"a.png": good, "b.png": good, "closed/c.png": good})
-    assert "2 pictures read, 1 skipped, 0 other files: closed (" in capsys.readouterr().out
+    assert "2 pictures read, 0 other files, 1 skipped: closed (" in capsys.readouterr().out
 
 
 def test_pictures_that_have_changed_are_read_again(tmp_path):

@@ -221,7 +221,7 @@ def test_one_folder_under_three_names_is_one_data_set(pics, flags, tmp_path, mon
     monkeypatch.chdir(tmp_path)
     words = [*flags, "--size", "16", "--out", "out"]
     vae.main([*words, "--data", "pics"])
-    assert f"{pics}: 10 pictures read, 0 skipped, 0 other files\n" in capsys.readouterr().out
+    assert f"{pics}: 10 pictures read, 0 other files, 0 skipped\n" in capsys.readouterr().out
     for name in "pics/", str(pics):
         vae.main([*words, "--data", name])
         assert capsys.readouterr().out.startswith("out/vae.pt is finished".replace("/", os.sep))
@@ -261,7 +261,7 @@ def test_pictures_of_an_odd_kind_are_trained_on_as_they_look(flags, tmp_path, ca
         ramp = np.linspace(0, 1 / (i + 1), 256, dtype=np.float32).reshape(16, 16)
         Image.fromarray(ramp).save(folder / f"{i}.tiff")
     vae.main([*flags, "--data", str(folder), "--size", "16", "--out", str(tmp_path / "out")])
-    assert ": 4 pictures read, 0 skipped, 0 other files\n" in capsys.readouterr().out
+    assert ": 4 pictures read, 0 other files, 0 skipped\n" in capsys.readouterr().out
     settings = vae.load(tmp_path / "out" / "vae.pt").settings
     args = vae.parse(["--out", str(tmp_path / "out")])
     x_train, _, x_test, _ = common.load_data(common.Namespace(**settings), args, CPU)
@@ -320,7 +320,7 @@ def test_a_name_that_is_not_utf_8(script, flags, tmp_path, capsys):
     (folder / f"{LATIN_1}.png").touch()
     words = [*flags, "--data", str(folder), "--size", "16", *SMALL[script]]
     script.main([*words, "--out", str(folder / "out")])
-    assert "caf?: 4 pictures read, 1 skipped, 0 other files: caf?.png (" in capsys.readouterr().out
+    assert "caf?: 4 pictures read, 0 other files, 1 skipped: caf?.png (" in capsys.readouterr().out
     assert f"{script.__name__}_samples.png" in os.listdir(folder / "out")
     script.main([*words, "--out", str(folder / "out")])
     assert "caf?/out" in capsys.readouterr().out.replace(os.sep, "/")
