@@ -768,7 +768,9 @@ def test_changed_code_and_changed_pictures_are_refused(tmp_path):
     fresh, _ = open_run(path, fresh=True, data=str(tmp_path / "a"))
     assert fresh["pictures"] != settings["pictures"]
     shutil.rmtree(tmp_path / "a")
-    refused(lambda: open_run(path), f"no --data {tmp_path / 'a'}", "mnist", "kmnist")
+    refused(
+        lambda: open_run(path), f"there is no folder --data {tmp_path / 'a'}", "mnist", "kmnist"
+    )
 
 
 @pytest.mark.parametrize(
@@ -1000,7 +1002,12 @@ def test_one_folder_has_one_name(tmp_path, monkeypatch):
     assert common.data("mnist") == "mnist"  # a name wins
     (tmp_path / "file.png").touch()
     for name in "no", "file.png":
-        words = f"no --data {tmp_path.resolve() / name}", "mnist", "kmnist", "folder"
+        words = (
+            f"there is no folder --data {tmp_path.resolve() / name}",
+            "mnist",
+            "kmnist",
+            "folder",
+        )
         folder = common.data(name)
         refused(lambda folder=folder: open_run(tmp_path / "vae.pt", data=folder), *words)
 
@@ -1059,5 +1066,7 @@ def test_import_changes_nothing_and_ascii_terminals_show_the_help(tmp_path):
     ascii = os.environ | {"PYTHONIOENCODING": "ascii"}
     command = [sys.executable, "-c", code, str(tmp_path)]
     ended = subprocess.run(command, env=ascii, cwd=REPO, capture_output=True, text=True)
-    assert ended.returncode == 1 and ended.stderr.startswith(f"error: no --data {REPO / 'x'}")
+    assert ended.returncode == 1 and ended.stderr.startswith(
+        f"error: there is no folder --data {REPO}"
+    )
     assert ended.stderr.count("\n") == 1 and ended.stdout.count("show this help") == 2

@@ -824,11 +824,11 @@ NOISE = torch.randn(1, 1, 32, 32)
         (lambda m: m.sample(2, 4, eta=2.0), "eta .* 0 to 1, not 2.0"),
         (lambda m: m.sample(2, eta=-1), "eta .* 0 to 1, not -1"),
         (lambda m: m.sample(2, eta=math.nan), "eta .* 0 to 1, not nan"),
-        (lambda m: m.sample(-1), "n .* 0 .*not -1"),
+        (lambda m: m.sample(-1), "n .* 0, not -1"),
         (lambda m: m.sample(2, 0), "steps .* 1 to 4, not 0"),
         (lambda m: m.times(5), "steps .* 1 to 4, not 5"),
         (lambda m: m.net.net(NOISE[..., 2:, 2:], torch.tensor([1])), "of 4, .*30, 30"),
-        (lambda m: DDPM(None, T=0), "T .* 1 .*not 0"),
+        (lambda m: DDPM(None, T=0), "T .* 1, not 0"),
         (lambda m: DDPM(None, 9, "sqrt"), "schedule .*linear, cosine, not 'sqrt'"),
         (lambda m: DDPM(None, variance="tilde"), "variance .*posterior, beta, not 'tilde'"),
         (

@@ -164,14 +164,14 @@ def test_autocast_rounds_the_network_and_nothing_else(likelihood):
 def test_a_value_out_of_range_is_named_with_the_range():
     model = vae.VAE()
     x = torch.rand(2, 1, 28, 28)
-    with pytest.raises(ValueError, match="latent_dim .*1 .*0"):
+    with pytest.raises(ValueError, match="latent_dim .*1, not 0"):
         vae.VAE(latent_dim=0)
     with pytest.raises(ValueError, match="likelihood .*bernoulli, gaussian.*'poisson'"):
         vae.VAE(likelihood="poisson")
     for estimator in model.elbo_terms, model.log_weights:
-        with pytest.raises(ValueError, match="samples .*1 .*0"):
+        with pytest.raises(ValueError, match="samples .*1, not 0"):
             estimator(x, samples=0)
-    with pytest.raises(ValueError, match="n .*0 .*-1"):
+    with pytest.raises(ValueError, match="n .*0, not -1"):
         model.sample(-1)
 
 
@@ -423,7 +423,7 @@ def test_the_pictures_show_what_they_say(trained, digits, data, tmp_path, monkey
     rows, curves, *_ = shown["plot_curves"]
     keys = [key for panel in curves.values() for key in panel.values()]
     assert rows == history and set(keys) == set(history[0]) - {"epoch", "seconds"}
-    assert curves["KL, nats"] == {"training": "train_kl", "test images": "test_kl"}
+    assert curves["KL, nats"] == {"training images": "train_kl", "test images": "test_kl"}
 
 
 # ---- the same command goes on
