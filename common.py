@@ -276,7 +276,7 @@ def labels_to_draw(classes, name, n):
     if name is not None:
         if name not in classes:
             names = ", ".join(classes)
-            raise InputError(f"this model has no --digit {name}: choose {names}")
+            raise InputError(f"there is no --digit {name} in this model: choose {names}")
         return torch.full((n,), classes.index(name)), 10
     if not classes:
         return None, 10
@@ -715,7 +715,7 @@ def check_flags(args, settings, path, but=()):
             flag = "--" + name.replace("_", "-")
             ways = f"leave out {flag}, choose another --out, or train anew with --fresh"
             if getattr(args, "sample", None):
-                ways = f"leave out {flag}, or choose another checkpoint with --load"
+                ways = f"leave out {flag}, choose another --out or --load"
             raise InputError(f"{path} has {name} {value}, not {given}: {ways}")
 
 

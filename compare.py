@@ -1126,10 +1126,9 @@ The command took {r["seconds"] / 60:.1f} min, not counting earlier training.
 A verdict requires a margin: 0.05 for shares, a factor of 2 for times and errors, 5% for bits/dim.
 "Close" means a gain of less than twice the margin: another seed may change the verdict.  Verdicts
 compare the DDPM with the 2-D VAE, as in the course report; for bits/dim, with the better of the
-two VAEs.  Fidelity
-must be higher by both measures, "told from real" and "by shape alone".  Diversity is lacking if
-coverage or "classes off by" is worse than for real digits by more than the margin.  If it is worse
-by less, the verdict is "does not hold, close".
+two VAEs.  Fidelity must be higher by both measures, "told from real" and "by shape alone".
+Diversity is lacking if coverage or "classes off by" is worse than for real digits by more than the
+margin.  If it is worse by less, the verdict is "does not hold, close".
 
 ## Samples
 

@@ -222,7 +222,7 @@ def test_each_class_fills_a_row_unless_a_digit_is_given(labelled, monkeypatch):
     assert (len(x), labels, guidance) == (6, 6 * [7], 1.5)
 
 
-@pytest.mark.parametrize("more, words", [(["--digit", "x"], "--digit x .*choose 0, 1")])
+@pytest.mark.parametrize("more, words", [(["--digit", "x"], "--digit x .*choose 0, 1, 2")])
 def test_an_unknown_digit_is_refused(labelled, more, words):
     with pytest.raises(common.InputError, match=words):
         ddpm.main(["--out", str(labelled), "--device", "cpu", "--sample", "2", *more])

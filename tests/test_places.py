@@ -213,7 +213,10 @@ def test_an_empty_path_is_refused(script, flags, tmp_path, monkeypatch, capsys):
     for flag in "--data", "--out", "--data-dir", "--load":
         with pytest.raises(SystemExit, match="2"):
             script.main([*flags, flag, ""])
-        assert capsys.readouterr().err == f"error: argument {flag}: it is empty\n"
+        assert (
+            capsys.readouterr().err
+            == f"error: argument {flag}: the path is empty (-h lists the flags)\n"
+        )
     assert os.listdir(tmp_path) == []
 
 
