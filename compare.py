@@ -1160,10 +1160,10 @@ by the excess of the Fréchet distance of {r["curve n"]:,} samples over that of 
 ({r["curve floor"]:.1f}).  They give the time until the excess falls to the 2-D VAE's lowest, and
 to 1.5 times the model's own last value, which the verdict calls its own best.  An excess below
 {NOISE:.0%} of the real digits' distance is noise, and is drawn at that level.  If a model's last
-excess is 0 or less, the time to its own best is left empty ("not resolved" in the claims).  In all
-runs the learning rate falls to 0 over the chosen number of
-epochs, so a longer run reaches a given quality later: "its own best" depends on that choice.  On
-one RTX 3090, the course report's VAE took 45 minutes, and its DDPM over 3 hours.
+excess is 0 or less, the time to its own best is "not resolved".  In all runs the learning rate
+falls to 0 over the chosen number of epochs, so a longer run reaches a given quality later: "its
+own best" depends on that choice.  On one RTX 3090, the course report's VAE took 45 minutes, and its
+DDPM over 3 hours.
 
 ![Sample quality against training time](quality.png)
 
