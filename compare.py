@@ -1162,8 +1162,8 @@ to 1.5 times the model's own last value, which the verdict calls its own best.  
 {NOISE:.0%} of the real digits' distance is noise, and is drawn at that level.  If a model's last
 excess is 0 or less, the time to its own best is "not resolved".  In all runs the learning rate
 falls to 0 over the chosen number of epochs, so a longer run reaches a given quality later: "its
-own best" depends on that choice.  On one RTX 3090, the course report's VAE took 45 minutes, and its
-DDPM over 3 hours.
+own best" depends on that choice.  On one RTX 3090, the course report's VAE took 45 minutes, and
+its DDPM over 3 hours.
 
 ![Sample quality against training time](quality.png)
 
