@@ -155,7 +155,7 @@ def test_missing_data_give_a_one_line_error(tmp_path):
     flags = "--device", "cpu", "--data", "fashion", "--data-dir", tmp_path, "--out", tmp_path
     code, _, err = launch(REPO / "vae.py", *flags)
     assert code != 0 and "Traceback" not in err and "Connection closed" not in err
-    assert "lacks files of fashion: run once without torchrun to download" in err
+    assert "lacks files of fashion: run once without torchrun to get them" in err
     assert not any(path.is_file() for path in tmp_path.rglob("*"))
 
 
