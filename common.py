@@ -18,6 +18,7 @@ import sys
 import tempfile
 import textwrap
 import time
+import weakref
 import zipfile
 from argparse import Namespace
 from pathlib import Path
@@ -494,7 +495,7 @@ def start(args):
         ) from None
     # In a notebook, an earlier command may have been stopped.
     _locks.clear()
-    for bar in list(tqdm._instances):
+    for bar in list(_bars):
         bar.close()
     device = pick_device(args.device)
     # Adam's averages for dead units decay to denormal numbers, which slow a CPU a hundredfold.
@@ -600,7 +601,12 @@ def progress(items=None, description=None, **options):
     hidden = RANK > 0 or sys.stderr is None
     # A bar over items vanishes when it is done, and only appears after two seconds.
     short = {"leave": False, "delay": 2} if items is not None else {}
-    return tqdm(items, description, disable=hidden, **short, **options)
+    bar = tqdm(items, description, disable=hidden, **short, **options)
+    _bars.add(bar)
+    return bar
+
+
+_bars = weakref.WeakSet()  # for start, which closes what a stopped command left open
 
 
 # ---- running the same command again resumes: a run's settings and its checkpoint

@@ -889,13 +889,12 @@ def draw_pictures(models, samples, yardstick, data, name, out):
     title = f"{name}: the first ten of each (VAEs: decoder means)"
     rows = {label: images[:10] / 255 for label, images in every.items()}
     common.plot_rows(rows, out / "figure3_samples.png", title)
-    title = f"{name}: the first thirty of each (VAEs: decoder means)"
+    count = min(30, yardstick.n // 10 * 10)  # a small --limit leaves fewer than thirty
+    title = f"{name}: the first {count} of each (VAEs: decoder means)"
     thirty = {}
     for label, images in every.items():
-        for first in 0, 10, 20:
-            tens = images[first : first + 10] / 255
-            if len(tens) == 10:  # a small --limit leaves fewer
-                thirty[f"{label}, {first + 1} to {first + 10}"] = tens
+        for i in range(0, count, 10):
+            thirty[f"{label}, {i + 1} to {i + 10}"] = images[i : i + 10] / 255
     common.plot_rows(thirty, out / "thirty_samples.png", title)
 
     known = x_train.flatten(1) / 255

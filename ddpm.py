@@ -206,7 +206,7 @@ class DDPM(nn.Module):
         """
         if x0_hat is None:
             x0_hat = self.predict_x0(xt, t)
-        mean, variance = self.q_posterior(x0_hat, xt, t, s)  # with σ_t² = β̃_t, Ho (11)
+        mean, variance = self.q_posterior(x0_hat, xt, t, s)  # variance β̃_t, mean Ho (11)
         if self.variance == "beta":
             variance = 1 - (self.alpha_bar[t] / self.alpha_bar[s]).item()  # σ_t² = β_t
         return mean, variance
@@ -244,7 +244,7 @@ class DDPM(nn.Module):
         return choose_times(self.T, steps)
 
     def trajectory(self, xt, times, eta=1.0, order=1):
-        """Samples at `times`, from xt on; yields (t, x_t, x̂_0).  See the function `trajectory`."""
+        """Samples at `times`, from xt on; yields (t, x_t, x̂_0).  See the function of that name."""
         return trajectory(self, xt, times, eta, order)
 
     def vlb_terms(self, x0, times=None):
@@ -628,8 +628,8 @@ def trajectory(model, xt, times, eta=1.0, order=1):
 
     xt (B, C, H, W) is x_t at times[0].  After the last step it yields (times[-1], x_t, x_t), which
     is (0, x_0, x_0) if the last time is 0.
-    eta: with 1, as in Ho, a step draws x_s from p(x_s|x_t).  Below 1, its noise has variance η² β̃;
-    with 0 there is none, and first-order steps are DDIM's (Song et al. 2021).
+    eta: with 1, as in Ho, a step draws x_s from p(x_s|x_t).  Below 1, its noise has the variance
+    η² β̃; with 0 there is none, and first-order steps are DDIM's (Song et al. 2021).
     order: 2 replaces x̂_0 with a guess for the middle of the step, extrapolated from x̂_0 at this
     time and at the one before.  This is DPM-Solver++(2M) with eta = 0, and its SDE version with
     eta = 1 (Lu et al. 2022).  The first step, which has none before it, and the step to 0, where λ

@@ -25,6 +25,7 @@ from matplotlib.figure import Figure
 from PIL import Image, features
 from torch import nn
 from torch.testing import assert_close
+from tqdm import tqdm
 
 import common
 import vae
@@ -544,6 +545,13 @@ def test_a_wrong_value_is_named_with_the_valid_ones():
 def arguments(out, **given):
     nothing = {"device": "cpu", "load": None, "sample": None, "fresh": False}
     return Namespace(**nothing | {"out": str(out)} | given)
+
+
+def test_start_closes_the_bars_of_a_stopped_command_and_no_others(tmp_path):
+    left = common.progress(total=5)
+    own = tqdm(total=5, disable=False, file=io.StringIO())
+    common.start(arguments(tmp_path))
+    assert left.disable and not own.disable  # a closed bar is disabled
 
 
 def test_pick_device_picks_a_device_and_nothing_else(tmp_path, monkeypatch):
